@@ -1,0 +1,337 @@
+"""Typed configuration: one TOML file, checked in full before anything runs.
+
+Every stage owns one model here and is handed an instance of that model and nothing else, so a leaf that a stage reads is
+always a leaf of its key. Settings that cannot change a result (store, resources, progress) are kept out of the stage models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0, le=1.0)]
+
+# Attention kept, as the paper names its ratios; `hybrid.layers.attention_layers` turns one into layer numbers.
+AttentionRatio = Literal["1", "1/2", "1/4", "1/8", "0"]
+
+
+class ConfigError(ValueError):
+    """A configuration that must not run; the message names the key, what was given and what is allowed."""
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TeacherConfig(Model):
+    """The model to distil."""
+
+    source: str = Field(pattern=r"^(wheel|hf|file):.+")
+    """`wheel:pkg==version!path/in/wheel.gguf#sha256=…`, `hf:org/name@revision` or `file:folder`."""
+
+
+class SelfChatConfig(Model):
+    """Conversations sampled from the teacher itself, from its chat template's opening."""
+
+    conversations: NonNegativeInt = 0
+    max_tokens: PositiveInt = 512
+    """Tokens in a conversation, template opening included."""
+    temperature: float = Field(1.0, gt=0.0, le=4.0)
+    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    top_k: NonNegativeInt = 0
+    """0 keeps the whole vocabulary."""
+    batch_size: PositiveInt = 64
+
+
+class CorpusConfig(Model):
+    """Token shards for training and for held-out measurement."""
+
+    sources: list[str] = []
+    """JSONL of conversations: `file:path`, `s3://bucket/key`, `hf:org/name@rev?split=train&column=messages`."""
+    self_chat: SelfChatConfig = SelfChatConfig()
+    """Conversations to generate besides the sources; 0 generates none."""
+    max_tokens: NonNegativeInt = 0
+    """Stop reading sources after this many tokens; 0 reads all."""
+    held_out_conversations: PositiveInt = 64
+    preferences: str = ""
+    """Empty: pairs are made in the DPO stage (chosen = teacher's reply, rejected = student's own).
+    Otherwise a source with `chosen` and `rejected` message columns."""
+    natural_text: str = ""
+    """Text that the teacher did not write, for perplexity: a `wheel:`, `file:` or `hf:` source; empty measures none."""
+
+
+class InitConfig(Model):
+    """How a Mamba-2 mixer starts from the attention that it replaces."""
+
+    method: Literal["paper", "copy", "calibrated"] = "calibrated"
+    """`paper`: projections copied, all else as the released code draws it. `copy`: projections copied, convolution = identity,
+    gate held open, decays spread. `calibrated`: `copy`, then `out_proj` by ridge regression on the teacher's own pass."""
+    gate_bias: float = Field(3.0, ge=0.0, le=10.0)
+    """silu(z + gate_bias); ignored by `paper`."""
+    gate_scale: float = Field(0.1, ge=0.0, le=1.0)
+    """Factor on the random z weights; ignored by `paper`."""
+    a_min: float = Field(0.3, gt=0.0)
+    a_max: float = Field(2.0, gt=0.0)
+    """A is spread over [a_min, a_max] by head, geometrically; ignored by `paper`, which draws U(1, 16)."""
+    tokens: PositiveInt = 32768
+    """Tokens for the ridge regression."""
+    ridge: float = Field(1e-3, gt=0.0)
+    """λ as a fraction of the mean diagonal of the normal matrix."""
+    batch_size: PositiveInt = 8
+    seq_len: PositiveInt = 256
+
+
+class TrainConfig(Model):
+    """What every training stage has; batch_size is in sequences of seq_len tokens, over all processes and accumulation."""
+
+    enabled: bool = True
+    steps: NonNegativeInt = 100
+    batch_size: PositiveInt = 4
+    accumulation: PositiveInt = 1
+    seq_len: PositiveInt = 256
+    mixer_lr: float = Field(1e-3, ge=0.0, le=1.0)
+    """Learning rate of the Mamba mixers."""
+    rest_lr: float = Field(0.0, ge=0.0, le=1.0)
+    """Learning rate of everything else; 0 freezes it."""
+    warmup: Fraction = 0.05
+    """Fraction of the steps with linearly rising rate."""
+    min_lr: Fraction = 0.1
+    """The cosine ends at this fraction of the peak rate."""
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+    grad_clip: float = Field(1.0, gt=0.0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    checkpoint_every: PositiveInt = 50
+    """Optimiser steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _list_is_a_pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class AlignConfig(TrainConfig):
+    """Fit every mixer to the attention that it replaces; only mixers train, so `rest_lr` must stay 0."""
+
+    mixer_lr: float = Field(2e-3, ge=0.0, le=1.0)
+    rest_lr: float = Field(0.0, ge=0.0, le=0.0)
+
+
+class KLConfig(TrainConfig):
+    """Distil the teacher's full distribution."""
+
+    loss: Literal["forward", "reverse", "jsd"] = "forward"
+    temperature: float = Field(1.0, gt=0.0, le=20.0)
+    ce_weight: float = Field(0.0, ge=0.0)
+    """Weight of the token-mean cross entropy on the data, beside 1.0 for the divergence."""
+
+
+class SFTConfig(TrainConfig):
+    """Cross entropy on assistant tokens."""
+
+
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation (2305.18290 eq. 7)."""
+
+    beta: float = Field(0.1, gt=0.0, le=10.0)
+    reference: Literal["teacher", "policy"] = "teacher"
+    """`teacher` as in the paper's text (eq. 3–4), `policy` (the student as it enters the stage) as in its code."""
+    pairs: PositiveInt = 64
+    max_prompt_tokens: PositiveInt = 192
+    max_reply_tokens: PositiveInt = 64
+    generation_batch: PositiveInt = 16
+
+
+class BenchmarkConfig(Model):
+    enabled: bool = True
+    held_out_conversations: PositiveInt = 32
+    seq_len: PositiveInt = 512
+    skip_positions: NonNegativeInt = 40
+    """Leading positions of each conversation that are not scored: the template's opening is the same everywhere."""
+    natural_tokens: NonNegativeInt = 8192
+    tasks: list[Literal["hellaswag_100", "truthfulqa_mc1_100", "mmlu_dev"]] = []
+    items_per_task: NonNegativeInt = 0
+    """A seeded subset of this many items; 0 takes all."""
+    batch_size: PositiveInt = 16
+    decode_batches: list[PositiveInt] = [1, 8]
+    decode_tokens: PositiveInt = 64
+    samples: NonNegativeInt = 6
+    sample_tokens: PositiveInt = 64
+    non_inferiority: Fraction = 0.02
+    """δ: a student is non-inferior if the lower end of the one-sided 95 % interval lies above −δ."""
+
+
+class SpeculativeConfig(Model):
+    enabled: bool = True
+    draft: Literal["ngram"] = "ngram"
+    max_k: NonNegativeInt = 6
+    ngram: PositiveInt = 3
+    """Longest suffix looked up in the text so far."""
+    prompts: PositiveInt = 8
+    new_tokens: PositiveInt = 96
+
+
+class ReportConfig(Model):
+    title: str = "From teacher to hybrid"
+    samples: NonNegativeInt = 6
+
+
+class VariantConfig(Model):
+    """One student. `set` changes leaves of the stages for this variant only: `{ "kl_distill.steps" = 60 }`."""
+
+    attention: AttentionRatio | list[NonNegativeInt] = "1/2"
+    set: dict[str, Any] = {}
+
+
+class Resources(Model):
+    """Declared per step through Metaflow's `@resources`; memory in MB."""
+
+    gpu: NonNegativeInt = 0
+    cpu: PositiveInt = 2
+    memory: PositiveInt = 8192
+
+
+class ResourcesConfig(Model):
+    teacher: Resources = Resources()
+    corpus: Resources = Resources()
+    benchmark_teacher: Resources = Resources()
+    init_from_attention: Resources = Resources()
+    align: Resources = Resources()
+    kl_distill: Resources = Resources()
+    sft: Resources = Resources()
+    dpo: Resources = Resources()
+    benchmark: Resources = Resources()
+    speculative_profile: Resources = Resources()
+    report: Resources = Resources(memory=2048)
+
+
+class StoreConfig(Model):
+    url: str = ".mamballama/store"
+    """Folder (relative: to the project's root) or `s3://bucket/prefix`; the environment's MAMBALLAMA_STORE wins."""
+
+
+class Config(Model):
+    seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    """Data type of matrix products; trained weights are float32 always."""
+    teacher: TeacherConfig
+    corpus: CorpusConfig
+    variants: dict[str, VariantConfig] = Field(min_length=1)
+    init_from_attention: InitConfig = InitConfig()
+    align: AlignConfig = AlignConfig()
+    kl_distill: KLConfig = KLConfig()
+    sft: SFTConfig = SFTConfig()
+    dpo: DPOConfig = DPOConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    speculative_profile: SpeculativeConfig = SpeculativeConfig()
+    report: ReportConfig = ReportConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    store: StoreConfig = StoreConfig()
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> Config:
+        if not self.corpus.sources and not self.corpus.self_chat.conversations:
+            raise ValueError("corpus.sources is empty and corpus.self_chat.conversations is 0: name one of them")
+        return self
+
+    def for_variant(self, name: str) -> Config:
+        """The configuration with the variant's own `set` applied."""
+        return parse(apply_overrides(self.model_dump(mode="json"), self.variants[name].set.items()), f"variants.{name}.set")
+
+
+def parse(raw: Mapping[str, Any], where: str = "configuration") -> Config:
+    """Check a nested mapping. Raises ConfigError with one line per fault: key, what was given, what is allowed."""
+    try:
+        return Config.model_validate(_json_to_python(raw))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_fault(where, e) for e in error.errors())) from None
+
+
+def parse_text(text: str, where: str = "configuration") -> Config:
+    """TOML, or JSON as Metaflow passes it between processes."""
+    try:
+        raw = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{where}: not valid TOML: {error}") from None
+    return parse(raw, where)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file and apply `leaf=value` overrides (values in TOML notation; a bare word is a string)."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    config = parse_text(text, str(path))
+    pairs = [split_override(o) for o in overrides]
+    if not pairs:
+        return config
+    return parse(apply_overrides(config.model_dump(mode="json"), pairs), "--set")
+
+
+def split_override(text: str) -> tuple[str, Any]:
+    """`dpo.beta=0.05` → ("dpo.beta", 0.05)."""
+    leaf, eq, value = text.partition("=")
+    if not eq or not leaf:
+        raise ConfigError(f"--set {text!r}: expected leaf=value, for example dpo.beta=0.05")
+    try:
+        return leaf, tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        return leaf, value
+
+
+def apply_overrides(raw: dict[str, Any], pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Set dotted leaves in a nested mapping; whether a leaf exists is the models' business."""
+    raw = json.loads(json.dumps(raw))
+    for leaf, value in pairs:
+        *parents, last = leaf.split(".")
+        node = raw
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{leaf}: {parent!r} is a value, not a section")
+        node[last] = value
+    return raw
+
+
+def store_url(config: Config, root: Path) -> str:
+    """Where stages are kept: MAMBALLAMA_STORE, else the configuration's; a relative folder counts from `root`."""
+    url = os.environ.get("MAMBALLAMA_STORE") or config.store.url
+    return url if "://" in url else str((root / Path(url).expanduser()).resolve())
+
+
+def _json_to_python(value: Any) -> Any:
+    return json.loads(json.dumps(value)) if not isinstance(value, dict) else {k: _json_to_python(v) for k, v in value.items()}
+
+
+def _fault(where: str, error: Any) -> str:
+    key = ".".join(str(p) for p in error["loc"]) or "(whole file)"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: {key}: unknown key (given {error['input']!r}); allowed here: {', '.join(_siblings(error['loc']))}"
+    if error["type"] == "missing":
+        return f"{where}: {key}: missing, and it has no default"
+    return f"{where}: {key}: given {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the model that holds the last part of an error's location."""
+    model: Any = Config
+    for part in location[:-1]:
+        annotation = VariantConfig if model is dict else model.model_fields[part].annotation
+        model = dict if part == "variants" else annotation
+    return sorted(model.model_fields) if hasattr(model, "model_fields") else []
