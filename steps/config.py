@@ -1,17 +1,19 @@
 """Typed configuration: one TOML file, checked in full before anything runs.
 
-Every stage owns one model here and is handed an instance of that model and nothing else, so a leaf that a stage reads is
-always a leaf of its key. Settings that cannot change a result (store, resources, progress) are kept out of the stage models.
+Every stage owns one model here and is handed an instance of that model and nothing else, so a leaf that a stage reads
+is always a leaf of its key. Settings that cannot change a result (store, resources) are kept out of the stage models.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -29,7 +31,7 @@ class ConfigError(ValueError):
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class TeacherConfig(Model):
@@ -45,8 +47,8 @@ class SelfChatConfig(Model):
     conversations: NonNegativeInt = 0
     max_tokens: PositiveInt = 512
     """Tokens in a conversation, template opening included."""
-    temperature: float = Field(1.0, gt=0.0, le=4.0)
-    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    temperature: float = Field(default=1.0, gt=0.0, le=4.0)
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     top_k: NonNegativeInt = 0
     """0 keeps the whole vocabulary."""
     batch_size: PositiveInt = 64
@@ -73,41 +75,46 @@ class InitConfig(Model):
     """How a Mamba-2 mixer starts from the attention that it replaces."""
 
     method: Literal["paper", "copy", "calibrated"] = "calibrated"
-    """`paper`: projections copied, all else as the released code draws it. `copy`: projections copied, convolution = identity,
-    gate held open, decays spread. `calibrated`: `copy`, then `out_proj` by ridge regression on the teacher's own pass."""
-    gate_bias: float = Field(3.0, ge=0.0, le=10.0)
+    """`paper`: projections copied, all else as the released code draws it. `copy`: projections copied, convolution =
+    identity, gate held open, decays spread. `calibrated`: `copy`, then `out_proj` by ridge regression on the teacher's
+    own pass."""
+    gate_bias: float = Field(default=3.0, ge=0.0, le=10.0)
     """silu(z + gate_bias); ignored by `paper`."""
-    gate_scale: float = Field(0.1, ge=0.0, le=1.0)
+    gate_scale: float = Field(default=0.1, ge=0.0, le=1.0)
     """Factor on the random z weights; ignored by `paper`."""
-    a_min: float = Field(0.3, gt=0.0)
-    a_max: float = Field(2.0, gt=0.0)
+    a_min: float = Field(default=0.3, gt=0.0)
+    a_max: float = Field(default=2.0, gt=0.0)
     """A is spread over [a_min, a_max] by head, geometrically; ignored by `paper`, which draws U(1, 16)."""
     tokens: PositiveInt = 32768
     """Tokens for the ridge regression."""
-    ridge: float = Field(1e-3, gt=0.0)
+    ridge: float = Field(default=1e-3, gt=0.0)
     """λ as a fraction of the mean diagonal of the normal matrix."""
     batch_size: PositiveInt = 8
     seq_len: PositiveInt = 256
+    measure_paper: bool = True
+    """Also report the KL that the `paper` initialisation of the same layers starts from."""
 
 
 class TrainConfig(Model):
-    """What every training stage has; batch_size is in sequences of seq_len tokens, over all processes and accumulation."""
+    """What every training stage has.
+
+    batch_size is in sequences of seq_len tokens, over all processes and accumulation."""
 
     enabled: bool = True
     steps: NonNegativeInt = 100
     batch_size: PositiveInt = 4
     accumulation: PositiveInt = 1
     seq_len: PositiveInt = 256
-    mixer_lr: float = Field(1e-3, ge=0.0, le=1.0)
+    mixer_lr: float = Field(default=1e-3, ge=0.0, le=1.0)
     """Learning rate of the Mamba mixers."""
-    rest_lr: float = Field(0.0, ge=0.0, le=1.0)
+    rest_lr: float = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate of everything else; 0 freezes it."""
     warmup: Fraction = 0.05
     """Fraction of the steps with linearly rising rate."""
     min_lr: Fraction = 0.1
     """The cosine ends at this fraction of the peak rate."""
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
-    grad_clip: float = Field(1.0, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    grad_clip: float = Field(default=1.0, gt=0.0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     checkpoint_every: PositiveInt = 50
     """Optimiser steps between checkpoints."""
@@ -127,16 +134,16 @@ class TrainConfig(Model):
 class AlignConfig(TrainConfig):
     """Fit every mixer to the attention that it replaces; only mixers train, so `rest_lr` must stay 0."""
 
-    mixer_lr: float = Field(2e-3, ge=0.0, le=1.0)
-    rest_lr: float = Field(0.0, ge=0.0, le=0.0)
+    mixer_lr: float = Field(default=2e-3, ge=0.0, le=1.0)
+    rest_lr: float = Field(default=0.0, ge=0.0, le=0.0)
 
 
 class KLConfig(TrainConfig):
     """Distil the teacher's full distribution."""
 
     loss: Literal["forward", "reverse", "jsd"] = "forward"
-    temperature: float = Field(1.0, gt=0.0, le=20.0)
-    ce_weight: float = Field(0.0, ge=0.0)
+    temperature: float = Field(default=1.0, gt=0.0, le=20.0)
+    ce_weight: float = Field(default=0.0, ge=0.0)
     """Weight of the token-mean cross entropy on the data, beside 1.0 for the divergence."""
 
 
@@ -147,7 +154,7 @@ class SFTConfig(TrainConfig):
 class DPOConfig(TrainConfig):
     """Direct preference optimisation (2305.18290 eq. 7)."""
 
-    beta: float = Field(0.1, gt=0.0, le=10.0)
+    beta: float = Field(default=0.1, gt=0.0, le=10.0)
     reference: Literal["teacher", "policy"] = "teacher"
     """`teacher` as in the paper's text (eq. 3–4), `policy` (the student as it enters the stage) as in its code."""
     pairs: PositiveInt = 64
@@ -190,8 +197,19 @@ class ReportConfig(Model):
     samples: NonNegativeInt = 6
 
 
+class InitStageConfig(InitConfig):
+    """What the stage init_from_attention is handed: its own section and the variant's attention setting."""
+
+    attention: AttentionRatio | list[NonNegativeInt] = "1/2"
+
+
+# What a variant may change for itself; all else is shared, so that variants are measured alike.
+VARIANT_SECTIONS = ("seed", "init_from_attention", "align", "kl_distill", "sft", "dpo")
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+
+
 class VariantConfig(Model):
-    """One student. `set` changes leaves of the stages for this variant only: `{ "kl_distill.steps" = 60 }`."""
+    """One student. `set` changes leaves of its training stages only: `{ "kl_distill.steps" = 60 }`."""
 
     attention: AttentionRatio | list[NonNegativeInt] = "1/2"
     set: dict[str, Any] = {}
@@ -249,17 +267,36 @@ class Config(Model):
             raise ValueError("corpus.sources is empty and corpus.self_chat.conversations is 0: name one of them")
         return self
 
+    @field_validator("variants")
+    @classmethod
+    def _names_are_plain(cls, value: dict[str, VariantConfig]) -> dict[str, VariantConfig]:
+        for name in value:
+            if not _VARIANT_NAME.fullmatch(name) or name == "teacher":
+                raise ValueError(
+                    f"{name!r}: a variant's name is letters, digits, - and _, at most 40, and not 'teacher'"
+                )
+        return value
+
     def for_variant(self, name: str) -> Config:
         """The configuration with the variant's own `set` applied."""
-        return parse(apply_overrides(self.model_dump(mode="json"), self.variants[name].set.items()), f"variants.{name}.set")
+        own = self.variants[name].set
+        if not own:
+            return self
+        for leaf in own:
+            if leaf.split(".")[0] not in VARIANT_SECTIONS:
+                raise ConfigError(
+                    f"variants.{name}.set: {leaf}: is shared by all variants; "
+                    f"a variant may set leaves of {', '.join(VARIANT_SECTIONS)}"
+                )
+        return _validated(apply_overrides(self.model_dump(mode="json"), own.items()), f"variants.{name}.set")
 
 
 def parse(raw: Mapping[str, Any], where: str = "configuration") -> Config:
     """Check a nested mapping. Raises ConfigError with one line per fault: key, what was given, what is allowed."""
-    try:
-        return Config.model_validate(_json_to_python(raw))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_fault(where, e) for e in error.errors())) from None
+    config = _validated(raw, where)
+    for name in config.variants:
+        config.for_variant(name)
+    return config
 
 
 def parse_text(text: str, where: str = "configuration") -> Config:
@@ -274,14 +311,18 @@ def parse_text(text: str, where: str = "configuration") -> Config:
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML file and apply `leaf=value` overrides (values in TOML notation; a bare word is a string)."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    config = parse_text(text, str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text: {error.reason} at byte {error.start}") from None
+    return override(parse_text(text, str(path)), overrides)
+
+
+def override(config: Config, overrides: Iterable[str]) -> Config:
+    """The configuration with `leaf=value` overrides applied and everything checked again."""
     pairs = [split_override(o) for o in overrides]
-    if not pairs:
-        return config
-    return parse(apply_overrides(config.model_dump(mode="json"), pairs), "--set")
+    return parse(apply_overrides(config.model_dump(mode="json"), pairs), "--set") if pairs else config
 
 
 def split_override(text: str) -> tuple[str, Any]:
@@ -315,17 +356,40 @@ def store_url(config: Config, root: Path) -> str:
     return url if "://" in url else str((root / Path(url).expanduser()).resolve())
 
 
-def _json_to_python(value: Any) -> Any:
-    return json.loads(json.dumps(value)) if not isinstance(value, dict) else {k: _json_to_python(v) for k, v in value.items()}
+def _validated(raw: Mapping[str, Any], where: str) -> Config:
+    try:
+        return Config.model_validate(_plain(raw))
+    except ValidationError as error:
+        faults = [_fault(where, e) for e in error.errors()]
+        # A value that fits no member of a union is reported once for each member.
+        raise ConfigError("\n".join(dict.fromkeys(faults))) from None
+
+
+def _plain(value: Any) -> Any:
+    """Mappings of any kind (Metaflow's ConfigValue among them) as dicts."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _fault(where: str, error: Any) -> str:
-    key = ".".join(str(p) for p in error["loc"]) or "(whole file)"
+    location, given, message = error["loc"], error["input"], error["msg"]
+    # The parts of a location that name a union's member ("list[...]", "literal['1','1/2']") are no keys.
+    key = ".".join(str(p) for p in location if not (isinstance(p, str) and p.endswith("]"))) or "(whole file)"
     if error["type"] == "extra_forbidden":
-        return f"{where}: {key}: unknown key (given {error['input']!r}); allowed here: {', '.join(_siblings(error['loc']))}"
+        allowed = _siblings(location)
+        close = difflib.get_close_matches(str(location[-1]), allowed, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{where}: {key}: unknown key (given {given!r}){hint or '.'} Allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":
         return f"{where}: {key}: missing, and it has no default"
-    return f"{where}: {key}: given {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "model_type":
+        return f"{where}: {key}: given {given!r}; expected a section with keys of its own"
+    if error["type"] == "value_error":
+        return f"{where}: {key}: {error['ctx']['error']}"
+    if key.endswith(".attention"):
+        message = f"input should be one of {', '.join(get_args(AttentionRatio))} (quoted) or a list of layer numbers"
+    return f"{where}: {key}: given {given!r}; {message[0].lower()}{message[1:]}"
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:

@@ -1,0 +1,101 @@
+"""Llama's grouped-query attention with rotary positions, as transformers computes it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from hybrid.cache import KVCache
+from hybrid.config import HybridConfig
+
+# Up to this many new tokens over a cache, reading each key once beats the fused kernels that want one key per query head.
+DECODE_LENGTH = 16
+
+
+def rope_frequencies(config: HybridConfig) -> Tensor:
+    """Inverse frequencies (head_dim / 2,) for the `default`, `linear` and `llama3` types of transformers."""
+    rope = config.rope
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    inv_freq = 1.0 / (rope["rope_theta"] ** half)
+    if rope["rope_type"] == "linear":
+        return inv_freq / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        wavelength = 2 * math.pi / inv_freq
+        low = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+        high = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
+        smooth = (rope["original_max_position_embeddings"] / wavelength - rope["low_freq_factor"]) / (
+            rope["high_freq_factor"] - rope["low_freq_factor"]
+        )
+        blended = (1 - smooth) * inv_freq / rope["factor"] + smooth * inv_freq
+        scaled = torch.where(wavelength > low, inv_freq / rope["factor"], inv_freq)
+        return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
+    return inv_freq
+
+
+def rope_tables(inv_freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, L, head_dim) for positions (B, L), computed in float32."""
+    angles = positions[:, None, :, None].float() * inv_freq.to(positions.device)  # (B, 1, L, head_dim / 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of few queries over many keys without repeating keys and values for the heads of a group.
+
+    q (B, H, L, P), k and v (B, G, S, P), mask (B, 1, L, S) bool; returns (B, H, L, P). Softmax in float32.
+    """
+    batch, heads, length, head_dim = q.shape
+    groups = k.shape[1]
+    grouped = q.reshape(batch, groups, heads // groups * length, head_dim)
+    scores = (grouped @ k.transpose(-1, -2)).float() / math.sqrt(head_dim)
+    scores = scores.view(batch, groups, heads // groups, length, -1).masked_fill(~mask[:, :, None], float("-inf"))
+    weights = scores.softmax(dim=-1).to(v.dtype).view(batch, groups, heads // groups * length, -1)
+    return (weights @ v).view(batch, heads, length, head_dim)
+
+
+class Attention(nn.Module):
+    """q_proj, k_proj, v_proj, o_proj of one layer; weights named as in transformers."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_inner, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.d_xb, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.d_xb, bias=False)
+        self.o_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    def forward(
+        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Tensor | None
+    ) -> Tensor:
+        """hidden (B, L, d_model) → (B, L, d_model).
+
+        mask: (B, 1, L, S) bool, True = visible, or None for plain causal. With a cache, the new keys and values go to
+        `slots` (B, L) and S is the mask's width.
+        """
+        batch, length, _ = hidden.shape
+        q = self.q_proj(hidden).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, L, P)
+        k = self.k_proj(hidden).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(hidden).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        cos, sin = (table.to(q.dtype) for table in rope)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            assert slots is not None and mask is not None
+            index = slots[:, None, :, None].expand(-1, self.n_kv_heads, -1, self.head_dim)
+            cache.k.scatter_(2, index, k.to(cache.k.dtype))
+            cache.v.scatter_(2, index, v.to(cache.v.dtype))
+            k, v = (t[:, :, : mask.shape[-1]].to(q.dtype) for t in (cache.k, cache.v))
+            if length <= DECODE_LENGTH:
+                return self.o_proj(grouped_attention(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1))
+        if self.n_heads != self.n_kv_heads:
+            ratio = self.n_heads // self.n_kv_heads
+            k, v = k.repeat_interleave(ratio, dim=1), v.repeat_interleave(ratio, dim=1)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))

@@ -1,0 +1,61 @@
+"""Closed-form start: every mixer's out_proj by ridge regression onto the attention that it replaces.
+
+With F (T, d_inner) what enters out_proj and O (T, d_model) the attention's output over T tokens of the teacher's own pass,
+W = argmin ‖F Wᵀ − O‖² + λ‖W‖², from the normal equations. No gradient, one pass, all layers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hybrid.model import HybridForCausalLM
+from hybrid.taps import attention_taps
+
+
+@torch.no_grad()
+def calibrate_out_proj(
+    teacher: HybridForCausalLM,
+    student: HybridForCausalLM,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    ridge: float,
+    autocast: torch.dtype | None = None,
+) -> dict[int, float]:
+    """Replace out_proj of every mixer; returns layer → ‖F Wᵀ − O‖² / ‖O‖² on the same tokens.
+
+    batches: (tokens, seq_idx), both (B, L). ridge: λ as a fraction of the mean diagonal of FᵀF.
+    """
+    layers = student.config.mamba_layers
+    d_inner, d_model = student.config.d_inner, student.config.d_model
+    device = student.device
+    gram = {i: torch.zeros(d_inner, d_inner, device=device) for i in layers}
+    cross = {i: torch.zeros(d_inner, d_model, device=device) for i in layers}
+    energy = dict.fromkeys(layers, 0.0)
+    with attention_taps(teacher, layers) as taps, torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for tokens, seq_idx in batches:
+            teacher.hidden(tokens, seq_idx)
+            for i in layers:
+                given, wanted = taps[i]
+                features = student.model.layers[i].mamba.features(given, seq_idx).float().flatten(0, 1)  # (T, d_inner)
+                target = wanted.float().flatten(0, 1)
+                with torch.autocast(device.type, enabled=False):
+                    gram[i] += features.T @ features
+                    cross[i] += features.T @ target
+                energy[i] += target.pow(2).sum().item()
+    errors = {}
+    for i in layers:
+        weight = solve_ridge(gram[i], cross[i], ridge)
+        residual = energy[i] - 2 * (weight * cross[i]).sum() + (weight * (gram[i] @ weight)).sum()
+        errors[i] = float(residual / energy[i])
+        out_proj = student.model.layers[i].mamba.out_proj
+        out_proj.weight.copy_(weight.T)
+    return errors
+
+
+def solve_ridge(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """(FᵀF + λI)⁻¹ FᵀO in float64, λ = ridge · mean diagonal; (d_inner, d_model)."""
+    gram, cross = gram.double(), cross.double()
+    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).float()

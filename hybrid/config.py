@@ -1,0 +1,126 @@
+"""`HybridConfig`: a Llama and which of its layers are Mamba-2 mixers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+MODEL_TYPE = "hybrid_mamba_llama"
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class UnsupportedModel(ValueError):
+    """A checkpoint of an architecture that is not implemented."""
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """Shapes of the model; names as in transformers' LlamaConfig and in mamba-ssm.
+
+    The mixer of a replaced layer has d_inner = n_heads·head_dim, n_kv_heads groups of x and B, n_heads heads of C,
+    headdim = d_state = head_dim.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    attention_layers: tuple[int, ...] = ()
+    d_conv: int = 4
+    conv_silu: bool = False
+    """SiLU after the convolution, as in the paper's code; an identity convolution starts without it."""
+    proj_bias: bool = True
+    """Bias of the mixers' in_proj; it can hold the gate open."""
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        wrong = [i for i in self.attention_layers if not 0 <= i < self.n_layers]
+        if wrong:
+            raise ValueError(f"attention_layers {wrong} do not exist; the model has layers 0 to {self.n_layers - 1}")
+
+    @property
+    def mamba_layers(self) -> tuple[int, ...]:
+        kept = set(self.attention_layers)
+        return tuple(i for i in range(self.n_layers) if i not in kept)
+
+    @property
+    def d_inner(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def d_xb(self) -> int:
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return 2 * self.d_xb + self.d_inner
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": MODEL_TYPE, "architectures": ["HybridForCausalLM"], **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> HybridConfig:
+        """From this project's config.json or from a transformers Llama one; anything else is refused by name."""
+        if raw.get("model_type") == MODEL_TYPE:
+            known = {f.name for f in fields(cls)}
+            values = {k: v for k, v in raw.items() if k in known}
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls._from_llama(raw)
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> HybridConfig:
+        return cls.from_dict(json.loads((Path(folder) / "config.json").read_text()))
+
+    @classmethod
+    def _from_llama(cls, raw: dict[str, Any]) -> HybridConfig:
+        if raw.get("model_type") != "llama":
+            raise UnsupportedModel(
+                f"model_type {raw.get('model_type')!r} is not supported; supported: 'llama' and this project's {MODEL_TYPE!r}"
+            )
+        for flag in ("attention_bias", "mlp_bias"):
+            if raw.get(flag):
+                raise UnsupportedModel(f"a Llama with {flag}=true is not supported")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise UnsupportedModel(f"hidden_act {raw['hidden_act']!r} is not supported; supported: 'silu'")
+        eos = raw.get("eos_token_id")
+        n_heads = raw["num_attention_heads"]
+        return cls(
+            vocab_size=raw["vocab_size"],
+            d_model=raw["hidden_size"],
+            n_layers=raw["num_hidden_layers"],
+            n_heads=n_heads,
+            n_kv_heads=raw.get("num_key_value_heads") or n_heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // n_heads,
+            intermediate_size=raw["intermediate_size"],
+            max_position_embeddings=raw["max_position_embeddings"],
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope=_rope(raw),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            pad_token_id=raw.get("pad_token_id"),
+            attention_layers=tuple(range(raw["num_hidden_layers"])),
+        )
+
+
+def _rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """One dictionary from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise UnsupportedModel(f"rope_type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    return rope

@@ -1,0 +1,131 @@
+"""From attention to Mamba: the one map q→C, k→B, v→x, o→out_proj (2408.15237 §2.2, Algorithm 1).
+
+Everything that attention does not have (gate z, convolution, dt, A, D, norm) is drawn as the method says; everything that is
+no mixer (embeddings, MLP, norms, kept attention) is the teacher's own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hybrid.attention import Attention
+from hybrid.config import HybridConfig
+from hybrid.mamba2 import Mamba2Mixer
+from hybrid.model import HybridForCausalLM
+
+Method = Literal["paper", "copy"]
+
+
+def in_proj_rows(config: HybridConfig) -> dict[str, slice]:
+    """Rows of a mixer's in_proj by what they produce: z, x, B, C, dt."""
+    rows, start = {}, 0
+    for name, size in (
+        ("z", config.d_inner),
+        ("x", config.d_xb),
+        ("B", config.d_xb),
+        ("C", config.d_inner),
+        ("dt", config.n_heads),
+    ):
+        rows[name] = slice(start, start + size)
+        start += size
+    return rows
+
+
+def from_attention(
+    teacher: HybridForCausalLM,
+    attention_layers: tuple[int, ...],
+    method: Method = "copy",
+    *,
+    gate_bias: float = 3.0,
+    gate_scale: float = 0.1,
+    a_min: float = 0.3,
+    a_max: float = 2.0,
+    seed: int = 0,
+) -> HybridForCausalLM:
+    """A student with mixers in all layers but `attention_layers`; shares no tensor with the teacher.
+
+    `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU on x, B, C, A ~ U(1, 16), as the released code.
+    `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times gate_scale, A spread
+    geometrically over [a_min, a_max]. In both dt_bias puts dt log-uniform in [1e-3, 0.1]. Mixers are float32.
+    """
+    config = replace(
+        teacher.config, attention_layers=tuple(attention_layers), conv_silu=method == "paper", proj_bias=method != "paper"
+    )
+    with torch.device("meta"):
+        student = HybridForCausalLM(config)
+    shared = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+    names = {name for name, _ in student.named_parameters()}
+    student.load_state_dict({n: p for n, p in shared.items() if n in names}, strict=False, assign=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in config.mamba_layers:
+            mixer = Mamba2Mixer(config)
+            _init_new_parts(mixer, config, method, gate_bias, gate_scale, a_min, a_max)
+            copy_projections(teacher.model.layers[layer].self_attn, mixer)
+            student.model.layers[layer].mamba = mixer.to(teacher.device)
+    student.inv_freq = teacher.inv_freq.clone()
+    verify(teacher, student)
+    return student.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def copy_projections(attention: Attention, mixer: Mamba2Mixer) -> None:
+    rows = in_proj_rows(mixer.config)
+    for source, target in (("q_proj", "C"), ("k_proj", "B"), ("v_proj", "x")):
+        mixer.in_proj.weight[rows[target]] = getattr(attention, source).weight.to(mixer.in_proj.weight)
+    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+
+
+def verify(teacher: HybridForCausalLM, student: HybridForCausalLM) -> None:
+    """Raises RuntimeError unless every copied weight equals its source: a silent miss has cost others whole runs."""
+    rows = in_proj_rows(student.config)
+    for layer in student.config.mamba_layers:
+        attention, mixer = teacher.model.layers[layer].self_attn, student.model.layers[layer].mamba
+        for source, copied in (
+            (attention.q_proj.weight, mixer.in_proj.weight[rows["C"]]),
+            (attention.k_proj.weight, mixer.in_proj.weight[rows["B"]]),
+            (attention.v_proj.weight, mixer.in_proj.weight[rows["x"]]),
+            (attention.o_proj.weight, mixer.out_proj.weight),
+        ):
+            if not torch.equal(source.to(copied), copied):
+                raise RuntimeError(f"layer {layer}: a projection of the mixer differs from the attention it was copied from")
+    theirs = dict(teacher.named_parameters())
+    for name, ours in student.named_parameters():
+        if ".mamba." not in name and not torch.equal(theirs[name], ours):
+            raise RuntimeError(f"{name} differs from the teacher's")
+
+
+@torch.no_grad()
+def _init_new_parts(
+    mixer: Mamba2Mixer,
+    config: HybridConfig,
+    method: Method,
+    gate_bias: float,
+    gate_scale: float,
+    a_min: float,
+    a_max: float,
+) -> None:
+    heads = config.n_heads
+    dt = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3)).clamp(min=1e-4)
+    mixer.dt_bias.copy_(inverse_softplus(dt))
+    if method == "paper":
+        mixer.A_log.copy_(torch.log(torch.empty(heads).uniform_(1, 16)))
+        return
+    rows = in_proj_rows(config)
+    mixer.A_log.copy_(torch.linspace(math.log(a_min), math.log(a_max), heads))
+    mixer.in_proj.weight[rows["z"]] *= gate_scale
+    nn.init.zeros_(mixer.in_proj.bias)
+    mixer.in_proj.bias[rows["z"]] = gate_bias
+    nn.init.zeros_(mixer.conv1d.weight)
+    mixer.conv1d.weight[:, 0, -1] = 1.0
+    nn.init.zeros_(mixer.conv1d.bias)
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """x with softplus(x) = y > 0."""
+    return y + torch.log(-torch.expm1(-y))

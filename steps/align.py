@@ -1,0 +1,39 @@
+"""Stage: fit every mixer to the attention that it replaces, all layers in one teacher pass, without the LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid import HybridForCausalLM
+from hybrid.taps import attention_taps
+from steps.config import AlignConfig
+from steps.loop import train
+from steps.losses import align_loss
+from steps.stage import StageContext
+from steps.students import TokenBatch, load_student, load_teacher, measure, save_student, token_batches
+
+
+def run(config: AlignConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
+    """Mean over mixers of the relative squared error; each sees the teacher's own hidden states, so layers are independent."""
+    teacher, student = load_teacher(inputs, context), load_student(inputs, context)
+    layers = student.config.mamba_layers
+    with attention_taps(teacher, layers) as taps:
+
+        def loss_function(model: HybridForCausalLM, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            with torch.no_grad():
+                teacher.hidden(batch.tokens, batch.seq_idx)
+            losses = []
+            for layer in layers:
+                given, wanted = taps[layer]
+                losses.append(align_loss(model.model.layers[layer].mamba(given, batch.seq_idx), wanted))
+            stacked = torch.stack(losses)
+            return stacked.mean(), {"worst layer": stacked.detach().max()}
+
+        summary = train(student, token_batches(inputs["corpus"] / "train.npz", config, context), loss_function, config, context)
+    save_student(student, inputs, out)
+    return {**summary, "held_out": measure(teacher, student, inputs, context)}
