@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from functools import cache
 
+import torch
+
 from kernels_ext.causal_conv.reference import causal_conv
 from kernels_ext.gated_norm.reference import gated_rms_norm
 from kernels_ext.ssd.reference import ssd_chunked, ssd_step
@@ -22,7 +24,8 @@ def ssd(device_type: str) -> Callable[..., tuple]:
         try:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # noqa: F401
         except ImportError as error:
-            log.info("ssd on cuda: plain PyTorch (mamba-ssm does not import: %s)", error)
+            log.info("ssd on cuda: plain PyTorch, compiled (mamba-ssm does not import: %s)", error)
+            return torch.compile(ssd_chunked, dynamic=False)
         else:
             from kernels_ext.ssd.mamba_ssm_kernel import ssd_mamba_ssm
 

@@ -73,12 +73,13 @@ def run(config: BenchmarkConfig, inputs: Mapping[str, Path], out: Path, context:
         items = load_items(task, config.items_per_task, context.seed)
         found = evaluate_tasks(model, tokenizer, {task: items}, config.batch_size)
         records += found
-        summary["tasks"][task] = rows.mean_scores(rows.table(found, name), task)
+        chance = sum(1 / len(item.choices) for item in items) / len(items)
+        summary["tasks"][task] = rows.mean_scores(rows.table(found, name), task) | {"chance": chance}
         progress.done(f"{task} acc", summary["tasks"][task]["acc"])
     frame = rows.table(records, name)
     frame.to_parquet(out / "rows.parquet", index=False)
 
-    prompts = first_turns(held_out, config.seq_len)
+    prompts = first_turns(held_out, config.seq_len) if config.decode_batches or config.samples else []
     for batch in config.decode_batches:
         beginnings = [prompts[i % len(prompts)][:DECODE_PROMPT_TOKENS] for i in range(batch)]
         summary["decode"].append(efficiency.decode_speed(model, beginnings, config.decode_tokens))

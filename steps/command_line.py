@@ -38,6 +38,8 @@ def complete_environment(root: Path, checkout: bool) -> None:
     # Metaflow refuses root and a nameless user.
     if all(os.environ.get(name) in (None, "", "root") for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER")):
         os.environ["METAFLOW_USER"] = "mamballama"
+    # A task's log is no terminal: bars of libraries would fill it with lines that were meant to overwrite one another.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def default_config(root: Path) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -24,6 +24,10 @@ Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 
 # Attention kept, as the paper names its ratios; `hybrid.layers.attention_layers` turns one into layer numbers.
 AttentionRatio = Literal["1", "1/2", "1/4", "1/8", "0"]
+# 0 and 1 without quotes are numbers in TOML and mean the same.
+Attention = Annotated[
+    AttentionRatio | list[NonNegativeInt], BeforeValidator(lambda value: str(value) if type(value) is int else value)
+]
 
 
 class ConfigError(ValueError):
@@ -200,7 +204,7 @@ class ReportConfig(Model):
 class InitStageConfig(InitConfig):
     """What the stage init_from_attention is handed: its own section and the variant's attention setting."""
 
-    attention: AttentionRatio | list[NonNegativeInt] = "1/2"
+    attention: Attention = "1/2"
 
 
 # What a variant may change for itself; all else is shared, so that variants are measured alike.
@@ -211,7 +215,7 @@ _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 class VariantConfig(Model):
     """One student. `set` changes leaves of its training stages only: `{ "kl_distill.steps" = 60 }`."""
 
-    attention: AttentionRatio | list[NonNegativeInt] = "1/2"
+    attention: Attention = "1/2"
     set: dict[str, Any] = {}
 
 

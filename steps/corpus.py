@@ -151,7 +151,7 @@ def _natural(source: str, tokenizer: Any) -> Shard:
     """Foreign documents as the tokenizer takes plain text, up to NATURAL_TOKENS in all; the last one is cut."""
     documents, ids, count = [], [], 0
     for name, text in texts.read(source):
-        tokens = np.array(tokenizer(text)["input_ids"], np.uint32)[: NATURAL_TOKENS - count]
+        tokens = np.array(tokenizer(text, verbose=False)["input_ids"], np.uint32)[: NATURAL_TOKENS - count]
         if len(tokens) > 1:
             documents.append(tokens)
             ids.append(name)

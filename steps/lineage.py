@@ -67,12 +67,13 @@ def lineage(config: Config, refs: Mapping[str, Refs], run: Run, store: Store) ->
                 "created": manifest.created,
             }
         entries.append(entry)
+    host = device.hardware(device.resolve(config.device))
     return {
         "run": run.id,
         "command": run.command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": provenance.git_commit(run.root),
-        "host": device.hardware(device.resolve(config.device)) | {"system": platform.platform()},
+        "host": host | {"system": f"{platform.system()} {platform.machine()}"},
         "versions": provenance.versions(),
         "config": config.model_dump(mode="json"),
         "stages": entries,

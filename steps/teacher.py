@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import mmap
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -36,6 +39,7 @@ LLAMA_FIELDS = (
     "bos_token_id",
     "pad_token_id",
 )
+GGUF_STRING = 8  # type number of a string value
 # llama.cpp's pre-tokenizers that split digits one by one before GPT-2's expression. transformers' conversion drops that
 # step (5.23), and then "  12" and a line break before a digit give other tokens than those the model was trained on.
 GGUF_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
@@ -98,7 +102,7 @@ def _clean_config(folder: Path, gguf: str | None, source: str) -> LlamaConfig:
     try:
         found = AutoConfig.from_pretrained(folder, **_gguf(gguf), local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
-        raise TeacherError(f"{source}: its configuration cannot be read: {str(error).splitlines()[0]}") from None
+        raise TeacherError(f"{source}: its configuration cannot be read: {sources.one_line(error)}") from None
     if found.model_type not in ARCHITECTURES:
         raise TeacherError(
             f"{source}: is of the architecture {found.model_type!r}; supported: {', '.join(ARCHITECTURES)}"
@@ -118,9 +122,9 @@ def _tokenizer(folder: Path, gguf: str | None, source: str, llama: LlamaConfig) 
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf(gguf), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_gguf(gguf), config=llama, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
-        raise TeacherError(f"{source}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+        raise TeacherError(f"{source}: its tokenizer cannot be read: {sources.one_line(error)}") from None
     if not tokenizer.is_fast:
         raise TeacherError(f"{source}: its tokenizer has no tokenizer.json (fast) form, which character offsets need")
     if len(tokenizer) > llama.vocab_size:
@@ -138,10 +142,15 @@ def _tokenizer(folder: Path, gguf: str | None, source: str, llama: LlamaConfig) 
 
 
 def _gguf_pre_tokenizer(path: Path) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    return field.contents() if field else None
+    """The name of the pre-tokenizer. Read directly, as GGUFReader takes seconds to parse a whole vocabulary first."""
+    key = b"tokenizer.ggml.pre"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(struct.pack("<Q", len(key)) + key)
+        if at < 0:
+            return None
+        kind, length = struct.unpack_from("<IQ", data, at + 8 + len(key))
+        start = at + 8 + len(key) + 12
+        return data[start : start + length].decode() if kind == GGUF_STRING else None
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -166,14 +175,17 @@ def _eos_token_ids(folder: Path, gguf: str | None, tokenizer: PreTrainedTokenize
 def _write_model(folder: Path, gguf: str | None, llama: LlamaConfig, out: Path, source: str) -> int:
     """Save the weights in bf16 as one file; returns the number of parameters (tied embeddings counted once)."""
     import torch
+    from safetensors import SafetensorError
     from transformers import GenerationConfig, LlamaForCausalLM
 
     logger.info("loading the teacher's weights from %s", source)
     try:
-        arguments = {**_dense(gguf), "dtype": torch.bfloat16, "local_files_only": True, "output_loading_info": True}
-        loaded, report = cast(Any, LlamaForCausalLM).from_pretrained(folder, **arguments)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise TeacherError(f"{source}: its weights cannot be read: {str(error).splitlines()[0]}") from None
+        arguments = {"dtype": torch.bfloat16, "local_files_only": True, "output_loading_info": True}
+        loaded, report = cast(Any, LlamaForCausalLM).from_pretrained(
+            folder, config=copy.deepcopy(llama), **_dense(gguf), **arguments
+        )
+    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
+        raise TeacherError(f"{source}: its weights cannot be read: {sources.one_line(error)}") from None
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise TeacherError(f"{source}: {len(missing)} weights are missing or of another shape, first {missing[0]}")

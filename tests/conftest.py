@@ -1,0 +1,26 @@
+"""What all tests share: no network, no user's settings, no GPU tests where there is no GPU."""
+
+import importlib.util
+import os
+
+import pytest
+
+# Before anything imports a library that reads them.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+for name in ("MAMBALLAMA_STORE", "MAMBALLAMA_LIVE_CARDS", "METAFLOW_FLOW_CONFIG", "METAFLOW_FLOW_CONFIG_VALUE"):
+    os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(items):
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _cuda():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _cuda():
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

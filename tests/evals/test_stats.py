@@ -1,0 +1,254 @@
+"""Paired statistics against scipy, hand-made numbers and simulation."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from evals.stats import (
+    ComparisonError,
+    bootstrap_means,
+    cluster_sums,
+    compare,
+    holm,
+    mcnemar_exact,
+    minimum_detectable_difference,
+    sign_flip_p,
+    verdict,
+    wilson,
+)
+
+
+def rows(scores, model="teacher", clusters=None, n=None, benchmark="hellaswag_100", metric="acc"):
+    items = [f"i{k}" for k in range(len(scores))]
+    return pd.DataFrame(
+        {
+            "run": "r",
+            "model": model,
+            "benchmark": benchmark,
+            "item": items,
+            "item_hash": [f"h{i}" for i in items],
+            "prompt_hash": [f"p{i}" for i in items],
+            "cluster": items if clusters is None else clusters,
+            "metric": metric,
+            "score": np.asarray(scores, dtype=float),
+            "n": np.ones(len(scores), dtype=int) if n is None else n,
+            "response": "",
+        }
+    )
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 80), (80, 80), (3, 10), (57, 100), (1, 1)])
+@pytest.mark.parametrize("confidence", [0.90, 0.95])
+def test_wilson_equals_scipy(k, n, confidence):
+    expected = scipy_stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+    assert wilson(k, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_keeps_a_width_when_everything_is_right():
+    low, high = wilson(80, 80)
+    assert low == pytest.approx(0.954, abs=5e-4)
+    assert high == pytest.approx(1.0, abs=1e-12)
+
+
+def test_wilson_names_what_it_was_given():
+    with pytest.raises(ValueError, match="given 5 of 4"):
+        wilson(5, 4)
+
+
+def test_mcnemar_by_hand():
+    # 2 up, 8 down: P(X ≤ 2 | 10, ½) = 56/1024, doubled.
+    assert mcnemar_exact(2, 8) == pytest.approx(112 / 1024)
+    assert mcnemar_exact(0, 0) == 1.0
+
+
+def test_holm_by_hand_and_in_the_given_order():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_minimum_detectable_difference_of_a_binary_score():
+    # 2.8 · √(discordance / n), as printed for n = 80 and 20 % discordance.
+    assert minimum_detectable_difference(np.sqrt(0.2 / 80)) == pytest.approx(0.14, abs=1e-3)
+
+
+def test_bootstrap_matches_the_paired_standard_error():
+    rng = np.random.default_rng(1)
+    differences = rng.normal(0.3, 1.0, 400)
+    means = bootstrap_means(*cluster_sums(differences), draws=20_000)
+    assert means.mean() == pytest.approx(differences.mean(), abs=3e-3)
+    assert means.std() == pytest.approx(differences.std() / np.sqrt(400), rel=0.03)
+
+
+def test_bootstrap_interval_agrees_with_scipy():
+    rng = np.random.default_rng(2)
+    teacher, student = rng.random((2, 300))
+    ours = np.quantile(bootstrap_means(*cluster_sums(student - teacher)), [0.025, 0.975])
+    scipy_interval = scipy_stats.bootstrap(
+        (student - teacher,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(3)
+    ).confidence_interval
+    assert ours == pytest.approx([scipy_interval.low, scipy_interval.high], abs=4e-3)
+
+
+def test_bootstrap_of_clusters_equals_that_of_their_sums():
+    # Two copies of each item in one cluster carry no more information than one copy.
+    differences = np.random.default_rng(4).normal(size=150)
+    once = bootstrap_means(*cluster_sums(differences))
+    twice = bootstrap_means(*cluster_sums(np.repeat(differences, 2), clusters=np.repeat(np.arange(150), 2)))
+    assert twice == pytest.approx(once)
+
+
+def test_bootstrap_in_blocks_has_the_same_spread(monkeypatch):
+    sums, weights = cluster_sums(np.random.default_rng(5).normal(size=100))
+    whole = bootstrap_means(sums, weights)
+    monkeypatch.setattr("evals.stats._CELLS", 1000)
+    blocks = bootstrap_means(sums, weights)
+    assert len(blocks) == len(whole)
+    assert blocks.std() == pytest.approx(whole.std(), rel=0.05)
+
+
+def test_sign_flip_agrees_with_the_exact_permutation_test():
+    differences = np.array([0.5, -0.2, 0.9, 1.1, 0.3, -0.1, 0.7, 0.4, 0.6, -0.3])
+    exact = scipy_stats.permutation_test(
+        (differences, np.zeros(10)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=np.inf
+    ).pvalue
+    assert sign_flip_p(differences, draws=40_000) == pytest.approx(exact, abs=3e-3)
+
+
+def test_sign_flip_of_binary_differences_is_mcnemar():
+    differences = np.array([1.0] * 12 + [-1.0] * 25 + [0.0] * 60)
+    assert sign_flip_p(differences, draws=40_000) == pytest.approx(mcnemar_exact(12, 25), abs=5e-3)
+    assert sign_flip_p(np.zeros(5)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("low", "bound", "high", "expected"),
+    [
+        (-0.015, -0.01, 0.03, "non-inferior within 0.02"),
+        (-0.015, -0.012, -0.002, "non-inferior within 0.02"),
+        (-0.08, -0.07, -0.01, "worse"),
+        (-0.08, -0.07, 0.01, "inconclusive"),
+        (-0.03, -0.02, 0.01, "inconclusive"),
+    ],
+)
+def test_verdicts(low, bound, high, expected):
+    assert verdict(low, bound, high, 0.02) == expected
+
+
+def test_compare_by_hand():
+    teacher = [1] * 60 + [0] * 40
+    student = [1] * 50 + [0] * 10 + [1] * 4 + [0] * 36
+    c = compare(rows(teacher), rows(student, "half"), "hellaswag_100", "acc", 0.02)
+    assert (c["n"], c["clusters"], c["flips_up"], c["flips_down"]) == (100, 100, 4, 10)
+    assert (c["teacher"], c["student"]) == (0.60, 0.54)
+    assert c["difference"] == pytest.approx(-0.06)
+    assert c["p"] == pytest.approx(scipy_stats.binomtest(4, 14).pvalue)
+    assert c["test"] == "exact McNemar"
+    # Bonett and Price: (b + 1, c + 1, n + 2).
+    centre, error = -6 / 102, np.sqrt((16 / 102 - (6 / 102) ** 2) / 102)
+    assert c["ci_low"] == pytest.approx(centre - 1.96 * error, abs=0.01)
+    assert c["ci_high"] == pytest.approx(centre + 1.96 * error, abs=0.01)
+    assert c["mde"] == pytest.approx(2.8 * error, rel=0.03)
+    assert c["ci_low"] < c["bound"] < c["difference"]
+    assert c["verdict"] == "inconclusive"
+
+
+def test_compare_ignores_row_order_and_is_deterministic():
+    rng = np.random.default_rng(6)
+    teacher, student = rows(rng.integers(0, 2, 50)), rows(rng.integers(0, 2, 50), "half")
+    first = compare(teacher, student, "hellaswag_100", "acc", 0.02)
+    assert compare(teacher, student.sample(frac=1, random_state=0), "hellaswag_100", "acc", 0.02) == first
+
+
+def test_compare_weights_by_tokens_and_knows_that_less_is_better():
+    teacher = rows([2.0, 3.0, 2.5], metric="nll", n=[100, 300, 200])
+    student = rows([2.2, 3.1, 2.8], "half", metric="nll", n=[100, 300, 200])
+    c = compare(teacher, student, "hellaswag_100", "nll", 0.02, higher_is_better=False)
+    assert c["difference"] == pytest.approx((0.2 * 100 + 0.1 * 300 + 0.3 * 200) / 600)
+    assert c["teacher"] == pytest.approx((2.0 * 100 + 3.0 * 300 + 2.5 * 200) / 600)
+    assert c["verdict"] == "worse"
+    assert c["bound"] > c["difference"]
+    assert c["flips_up"] is None and c["flips_down"] is None
+    assert c["test"] == "sign flip over clusters"
+
+
+def test_flips_count_gains_as_up_when_less_is_better():
+    teacher, student = rows([1, 1, 0, 1]), rows([0, 0, 1, 1], "half")
+    c = compare(teacher, student, "hellaswag_100", "acc", 0.02, higher_is_better=False)
+    assert (c["flips_up"], c["flips_down"]) == (2, 1)
+
+
+def test_identical_answers_still_have_a_width():
+    c = compare(rows([0, 1] * 20), rows([0, 1] * 20, "half"), "hellaswag_100", "acc", 0.02)
+    assert c["difference"] == 0
+    assert c["ci_high"] == pytest.approx(0.06, abs=0.025)
+    assert c["ci_low"] == pytest.approx(-c["ci_high"], abs=0.03)
+    assert c["mde"] == pytest.approx(2.8 * np.sqrt(2) / 42, rel=0.05)
+    assert c["p"] == 1.0
+    assert c["verdict"] == "inconclusive"
+
+
+def test_one_gain_and_no_loss_does_not_rule_losses_out():
+    c = compare(rows([0] * 50), rows([1] + [0] * 49, "half"), "hellaswag_100", "acc", 0.02)
+    assert c["ci_low"] < 0 < c["ci_high"]
+    assert c["verdict"] == "inconclusive"
+
+
+def test_identical_models_differ_by_nothing_in_a_score_that_is_no_count():
+    c = compare(rows([0.25, 0.5]), rows([0.25, 0.5], "half"), "hellaswag_100", "acc", 0.02)
+    assert (c["ci_low"], c["ci_high"], c["mde"], c["p"]) == (0, 0, 0, 1)
+    assert c["verdict"] == "non-inferior within 0.02"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, s: (t, s.iloc[1:]), "item sets differ .teacher 6, student 5, not in both 1, first 'i0'"),
+        (lambda t, s: (t, s.assign(prompt_hash="other")), "prompt_hash differs on 6 of 6 items, first 'i0'"),
+        (lambda t, s: (t, s.assign(item_hash="other")), "item_hash differs"),
+        (lambda t, s: (t, s.assign(n=7)), "different numbers of tokens"),
+        (lambda t, s: (t, s.assign(cluster="one")), "cluster differs"),
+        (lambda t, s: (t, s.assign(score=float("nan"))), "the student has no score for 6 items"),
+        (lambda t, s: (pd.concat([t, t]), s), "the teacher has item 'i0' more than once"),
+        (lambda t, s: (t, s.assign(metric="acc_norm")), "the student has no rows"),
+        (lambda t, s: (t.assign(cluster="one"), s.assign(cluster="one")), "only one cluster"),
+        (lambda t, s: (t.assign(n=0), s.assign(n=0)), "n must be positive"),
+    ],
+)
+def test_compare_refuses_what_does_not_match(change, message):
+    scores = [0, 1, 1, 0, 1, 0]
+    teacher, student = change(rows(scores), rows(scores, "half"))
+    with pytest.raises(ComparisonError, match=message):
+        compare(teacher, student, "hellaswag_100", "acc", 0.02)
+
+
+def test_false_positive_rate_is_near_nominal():
+    """Teacher and student of equal accuracy 0.6 with correlated items: 5 % of the intervals may miss 0."""
+    rng = np.random.default_rng(7)
+    runs, n = 600, 300
+    latent = rng.normal(size=(runs, n, 1)) * np.sqrt(0.8) + rng.normal(size=(runs, n, 2)) * np.sqrt(0.2)
+    right = latent < scipy_stats.norm.ppf(0.6)  # (runs, n, 2)
+    differences = right[..., 1].astype(float) - right[..., 0]
+    missed = exact = 0
+    for run, d in enumerate(differences):
+        low, high = np.quantile(bootstrap_means(*cluster_sums(d), draws=1000, seed=run), [0.025, 0.975])
+        missed += not low <= 0 <= high
+        exact += mcnemar_exact(int((d > 0).sum()), int((d < 0).sum())) < 0.05
+    assert 0.03 <= missed / runs <= 0.075
+    assert exact / runs <= 0.06
+
+
+def test_clusters_keep_the_false_positive_rate_that_items_alone_lose():
+    """40 documents of 20 items whose differences share a document effect."""
+    rng = np.random.default_rng(8)
+    runs, documents, size = 150, 40, 10
+    clusters = np.repeat(np.arange(documents), size)
+    missed = {"items": 0, "documents": 0}
+    for run in range(runs):
+        d = np.repeat(rng.normal(size=documents), size) + rng.normal(size=documents * size)
+        for name, by in (("items", None), ("documents", clusters)):
+            low, high = np.quantile(bootstrap_means(*cluster_sums(d, clusters=by), draws=300, seed=run), [0.025, 0.975])
+            missed[name] += not low <= 0 <= high
+    assert missed["documents"] / runs <= 0.10
+    assert missed["items"] / runs >= 0.25

@@ -1,0 +1,269 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from evals.stats import wilson
+from reports.build import write_report
+from reports.rows import load
+from reports.text import number, percent, points
+from reports.twin import SAMPLE_CHARACTERS, teacher_name, thin
+
+SECTIONS = {"verdict", "comparison", "differences", "stages", "training", "cost", "speculation", "samples", "lineage"}
+SECTIONS |= {"configuration", "rerun", "reading"}
+VOID = {"meta", "input", "img", "br", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order and keeps what the tests ask about."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.ids, self.links, self.text = [], [], [], [], []
+        self.images = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        self.links += [v for k, v in attrs.items() if k in ("src", "href", "xlink:href", "srcset", "action", "data")]
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "svg" and attrs.get("role") == "img":
+            self.images.append([len(self.tags), False])
+        if tag == "title" and self.open[-2:-1] == ["svg"]:
+            self.images[-1][1] = True
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def build(inputs, out, samples=6):
+    out.mkdir(exist_ok=True)
+    twin = write_report(load(inputs), out, title="A title", samples=samples, interval=wilson)
+    return twin, (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def built(example, tmp_path):
+    return build(example, tmp_path / "out")
+
+
+def body_text(html):
+    return re.sub(r"[ \n]+", " ", " ".join(Page(html).text))
+
+
+def test_every_section_is_there_once(built):
+    ids = Page(built[1]).ids
+    assert set(ids) >= SECTIONS
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_loads_nothing_and_runs_nothing(built):
+    _, html = built
+    page = Page(html)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    names = {tag for tag, _ in page.tags}
+    assert names.isdisjoint({"script", "link", "img", "iframe", "object", "embed", "form", "base"})
+    assert not any(a.startswith("on") or a == "style" for _, attrs in page.tags for a in attrs)
+    assert "url(" not in html and "@import" not in html
+    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+def test_the_policy_admits_exactly_the_page_s_own_style(built):
+    import base64
+    import hashlib
+
+    style = re.search(r"<style>(.*?)</style>", built[1], re.S).group(1)
+    assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in built[1]
+
+
+def test_model_output_stays_text(built, hostile):
+    _, html = built
+    assert hostile in body_text(html)  # shown as it is
+    assert "<script" not in html and "onerror=alert(1)>" not in html
+
+
+def test_hostile_names_stay_text_everywhere(example, hostile, tmp_path):
+    raw = json.loads(example["lineage"].read_text().replace("hellaswag_100", "x"))
+    raw |= {
+        "run": hostile,
+        "command": hostile,
+        "git_commit": hostile,
+        "host": {hostile: hostile},
+        "versions": {hostile: hostile},
+    }
+    raw["config"]["variants"][hostile] = {}
+    raw["stages"].append(raw["stages"][3] | {"variant": hostile, "stage": hostile, "key": hostile, "device": hostile})
+    raw["stages"].append(raw["stages"][3] | {"variant": hostile})
+    example["lineage"].write_text(json.dumps(raw))
+    comparison = example["half.benchmark"] / "comparison.json"
+    rows = json.loads(comparison.read_text())
+    rows[0]["benchmark"] = rows[1]["metric"] = rows[2]["verdict"] = hostile
+    comparison.write_text(json.dumps(rows))
+    _, html = build(example, tmp_path / "out")
+    assert "script" not in {tag for tag, _ in Page(html).tags}
+    assert "img" not in {tag for tag, _ in Page(html).tags}
+
+
+def test_every_chart_is_an_image_with_a_title_and_a_table_follows(built):
+    page = Page(built[1])
+    assert len(page.images) >= 12
+    assert all(titled for _, titled in page.images)
+    tables = [i for i, (tag, _) in enumerate(page.tags) if tag == "table"]
+    assert all(any(t > at for t in tables) for at, _ in page.images)
+
+
+def test_twin_and_page_say_the_same(built, tmp_path):
+    twin, html = built
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == twin
+    assert twin["schema"] == 1
+    text = body_text(html)
+    for variant in twin["variants"]:
+        held_out = variant["benchmark"]["fidelity"]["held_out"]
+        for shown in (number(held_out["kl_mean"]), percent(held_out["top1"]), *variant["headline"]):
+            assert shown in text
+        for c in variant["comparisons"][:3]:
+            assert f"{points(c['difference'])} [{points(c['ci_low'])}, {points(c['ci_high'])}]" in text
+        for flag in variant["flags"]:
+            assert flag["text"] in text
+    for task in twin["teacher"]["benchmark"]["tasks"]:
+        assert percent(task["score"]) in text
+        assert f"n={task['n']}" in text
+
+
+def test_rows_are_written_beside(built, tmp_path):
+    rows = pd.read_csv(tmp_path / "out" / "rows.csv", keep_default_na=False)
+    assert len(rows) == 3 * (481 + 64)
+    assert list(rows.columns[:4]) == ["run", "model", "benchmark", "item"]
+
+
+def test_no_winner_in_bold_in_the_tables(built):
+    for table in re.findall(r"<table.*?</table>", built[1], re.S):
+        assert "<b>" not in table and "<strong>" not in table
+    assert "not distinguishable (n=100, MDE=" in built[1]
+
+
+def test_a_switched_off_stage_reads_not_run(built):
+    twin, html = built
+    assert [t["stage"] for t in twin["variants"][0]["training"] if not t["ran"]] == ["dpo"]
+    assert '<td>dpo</td>\n<td class="off" colspan="10">not run</td>' in html
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["benchmark_teacher"],
+        ["half.benchmark"],
+        ["half.speculative_profile"],
+        ["half.speculative_profile", "quarter.speculative_profile"],
+        ["benchmark_teacher", "half.benchmark", "quarter.benchmark"],
+    ],
+)
+def test_missing_stages_are_shown_as_not_run(example, tmp_path, missing):
+    _, html = build({k: v for k, v in example.items() if k not in missing}, tmp_path / "out")
+    page = Page(html)
+    assert set(page.ids) >= SECTIONS
+    assert "not run" in html
+
+
+def test_the_barest_lineage_gives_a_page(tmp_path):
+    path = tmp_path / "lineage.json"
+    path.write_text("{}")
+    twin, html = build({"lineage": path}, tmp_path / "out")
+    assert set(Page(html).ids) >= SECTIONS
+    assert [f["level"] for f in twin["flags"]] == ["serious", "serious", "caution"]
+
+
+def test_files_with_holes_give_a_page(example, tmp_path):
+    """Summaries with nothing but their names, comparison and samples left out, a loss that is not a number."""
+    for name in ("half", "quarter"):
+        folder = example[f"{name}.benchmark"]
+        (folder / "summary.json").write_text(json.dumps({"model": name}))
+        for file in ("comparison.json", "samples.jsonl", "rows.parquet"):
+            (folder / file).unlink()
+        (example[f"{name}.speculative_profile"] / "profile.json").write_text("{}")
+    raw = json.loads(example["lineage"].read_text())
+    for stage in raw["stages"]:
+        curve = stage["summary"].get("curve")
+        stage["summary"] = (
+            {"steps": 3, "loss_last": float("nan"), "curve": [[1, float("nan")], *curve[:2]]} if curve else {}
+        )
+    example["lineage"].write_text(json.dumps(raw))
+    twin, html = build(example, tmp_path / "out")
+    assert set(Page(html).ids) >= SECTIONS
+    assert "ended without a finite loss" in html
+    assert re.findall(r".{20}\b(?:nan|None|inf|undefined)\b.{20}", body_text(html)) == []
+    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_same_inputs_same_bytes(example, tmp_path):
+    for out in ("a", "b"):
+        build(dict(reversed(example.items())) if out == "b" else example, tmp_path / out)
+    for name in ("report.html", "report.json", "rows.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_four_variants_stay_far_below_a_megabyte(example, tmp_path):
+    raw = json.loads(example["lineage"].read_text())
+    for copy, original in (("half2", "half"), ("quarter2", "quarter")):
+        raw["config"]["variants"][copy] = {}
+        raw["stages"] += [s | {"variant": copy} for s in raw["stages"] if s["variant"] == original]
+        for stage in ("benchmark", "speculative_profile"):
+            example[f"{copy}.{stage}"] = example[f"{original}.{stage}"]
+    for stage in raw["stages"]:
+        if "curve" in stage["summary"]:
+            stage["summary"]["curve"] = [[i, 1 / (i + 1)] for i in range(20_000)]
+    example["lineage"].write_text(json.dumps(raw))
+    for role in ("benchmark_teacher", "half.benchmark", "quarter.benchmark"):
+        lines = [json.dumps({"prompt": f"prompt {i}", "response": "word " * 20_000}) for i in range(6)]
+        (example[role] / "samples.jsonl").write_text("\n".join(lines))
+    twin, html = build(example, tmp_path / "out")
+    assert len(twin["variants"]) == 4
+    assert len(html.encode()) < 600_000
+
+
+def test_long_answers_are_cut_and_say_so(example, tmp_path):
+    line = json.dumps({"prompt": "p", "response": "x" * (SAMPLE_CHARACTERS + 1)})
+    (example["benchmark_teacher"] / "samples.jsonl").write_text(line + "\n")
+    twin, html = build(example, tmp_path / "out", samples=1)
+    assert len(twin["samples"]) == 1
+    assert len(twin["samples"][0]["responses"][0]["text"]) == SAMPLE_CHARACTERS
+    assert "… cut here" in html
+
+
+def test_the_teacher_s_words_are_marked_in_a_student_s_answer(built):
+    assert '<span class="same">The capital of France is Paris</span>, a city on the Seine.' in built[1]
+
+
+def test_thin_keeps_ends():
+    curve = [[i, 0.0] for i in range(1001)]
+    kept = thin(curve)
+    assert kept[0] == [0, 0.0] and kept[-1] == [1000, 0.0]
+    assert len(kept) <= 121
+    assert thin([]) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("wheel:a==1!a/SmolLM2.Q4_1.gguf#sha256=ab", "SmolLM2.Q4_1"),
+        ("hf:org/name@main", "org/name"),
+        ("file:/some/folder/llama-1b", "llama-1b"),
+        ("", "teacher"),
+    ],
+)
+def test_teacher_name(source, expected):
+    assert teacher_name({"config": {"teacher": {"source": source}}}) == expected

@@ -1,0 +1,105 @@
+import copy
+
+import pytest
+
+from evals.stats import wilson
+from reports.rows import load
+from reports.twin import build_twin
+from reports.verdict import difference, reading, run_flags, tally, variant_flags
+
+
+@pytest.fixture
+def twin(example):
+    return build_twin(load(example), "t", 3, wilson)
+
+
+def comparison(**more):
+    base = {
+        "benchmark": "mmlu",
+        "metric": "acc",
+        "higher_is_better": True,
+        "n": 281,
+        "clusters": 57,
+        "difference": -0.03,
+    }
+    return base | {"ci_low": -0.06, "ci_high": -0.01, "mde": 0.04, "delta": 0.02, "verdict": "worse"} | more
+
+
+def texts(flags, level=None):
+    return " ".join(f["text"] for f in flags if level in (None, f["level"]))
+
+
+def test_no_winner_where_the_interval_holds_zero():
+    assert reading(comparison(ci_high=0.01)) == "not distinguishable (n=281, MDE=4.0 points)"
+    assert reading(comparison(ci_high=0.0)) == "not distinguishable (n=281, MDE=4.0 points)"
+    assert reading(comparison()) == "teacher better"
+    assert reading(comparison(difference=0.03, ci_low=0.01, ci_high=0.06)) == "student better"
+
+
+def test_less_can_be_better():
+    nll = comparison(metric="nll", higher_is_better=False, difference=0.3, ci_low=0.2, ci_high=0.4)
+    assert reading(nll) == "teacher better"
+    assert difference(nll) == "+0.300 nll"
+
+
+def test_tally_counts_every_verdict():
+    verdicts = ["non-inferior within 0.02", "worse", "inconclusive", "inconclusive"]
+    assert tally([{"verdict": v} for v in verdicts]) == {"non-inferior": 1, "worse": 1, "inconclusive": 2}
+
+
+def test_headline_states_figures_with_n_and_baseline(twin):
+    sentences = " ".join(twin["variants"][0]["headline"])
+    assert "KL 0.612 ± 0.041 nats per token from the teacher on 32 held-out conversations" in sentences
+    assert "481 paired items, 3 comparisons" in sentences
+    assert "1.17× the teacher's tokens per second (batch 8, cpu)" in sentences
+    assert "1.50× plain greedy at K=3, output identical" in sentences
+
+
+def test_flags_are_ordered_by_weight(twin):
+    levels = [f["level"] for f in twin["variants"][1]["flags"]]
+    assert levels == sorted(levels, key=["serious", "caution", "note"].index)
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "expected"),
+    [
+        (lambda v: v.update(benchmark=None), "serious", "Benchmark not run."),
+        (lambda v: v["benchmark"].update(device="cuda"), "serious", "Teacher measured on cpu, student on cuda"),
+        (lambda v: v["benchmark"]["fidelity"]["held_out"].update(kl_mean=1.7), "serious", "KL 1.70 is above 1 nat"),
+        (lambda v: v["benchmark"]["fidelity"]["held_out"].update(top1=0.3), "caution", "less than half the time (30.0"),
+        (lambda v: v["benchmark"]["fidelity"]["held_out"].update(documents=8), "caution", "few conversations (n=8)"),
+        (lambda v: v.update(comparisons=[]), "caution", "No paired comparison"),
+        (lambda v: v["comparisons"][0].update(clusters=7), "caution", "few independent clusters: hellaswag_100 (7)"),
+        (lambda v: v["training"][0].update(loss_last=0.5), "caution", "The loss did not fall in align (0.400 → 0.500)"),
+        (lambda v: v["training"][0].update(loss_last=None), "serious", "align ended without a finite loss"),
+        (lambda v: v["quality"][3].update(kl=0.9), "caution", "Held-out KL rose in sft: 0.630 → 0.900"),
+        (
+            lambda v: v["speculation"]["rows"][3].update(identical_to_greedy=False),
+            "serious",
+            "differs from plain greedy at K = 3",
+        ),
+        (lambda v: v.update(speculation=None), "note", "Not run: speculative_profile."),
+        (lambda v: [r.update(speedup=0.8) for r in v["speculation"]["rows"]], "note", "at no K faster"),
+    ],
+)
+def test_each_fault_raises_its_flag(twin, change, level, expected):
+    variant = copy.deepcopy(twin["variants"][0])
+    teacher = twin["teacher"]["benchmark"]
+    assert expected not in texts(variant_flags(variant, teacher, []))
+    change(variant)
+    assert expected in texts(variant_flags(variant, teacher, []), level)
+
+
+def test_cache_hits_and_missing_stages_are_told(twin):
+    told = texts(twin["variants"][0]["flags"], "note")
+    assert "1 of 6 stages come from the cache: align." in told
+    assert "Not run: dpo." in told
+
+
+def test_flags_of_the_run(twin):
+    assert texts(run_flags(twin)).startswith("The teacher is not above chance on truthfulqa_mc1_100 (acc 19.0")
+    assert len(run_flags(twin)) == 1
+    twin["teacher"]["benchmark"]["tasks"] = []
+    assert run_flags(twin) == []
+    bare = twin | {"teacher": {"benchmark": None}, "variants": [], "run": {"git_commit": None}}
+    assert [f["level"] for f in run_flags(bare)] == ["serious", "serious", "caution"]

@@ -1,0 +1,135 @@
+import pytest
+
+from steps import config
+from steps.config import ConfigError, InitStageConfig
+
+BASE = """
+[teacher]
+source = "file:teacher"
+[corpus]
+sources = ["file:conversations.jsonl"]
+[variants.half]
+"""
+
+
+def parse(extra=""):
+    return config.parse_text(BASE + extra, "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("[dpo]\nbta = 1", "a.toml: dpo.bta: unknown key (given 1); did you mean 'beta'?"),
+        ("[dpoo]\nbeta = 1", "a.toml: dpoo: unknown key"),
+        ('[dpo]\nbeta = "x"', "a.toml: dpo.beta: given 'x'; input should be a valid number"),
+        ("[dpo]\nbeta = 11", "a.toml: dpo.beta: given 11; input should be less than or equal to 10"),
+        ("[dpo]\nbeta = nan", "a.toml: dpo.beta: given nan; input should be a finite number"),
+        ("[align]\nrest_lr = 0.1", "a.toml: align.rest_lr: given 0.1; input should be less than or equal to 0"),
+        (
+            "[align]\nbatch_size = 3\naccumulation = 2",
+            "a.toml: align: batch_size 3 is not a multiple of accumulation 2",
+        ),
+        (
+            "[corpus.self_chat]\nfoo = 1",
+            "a.toml: corpus.self_chat.foo: unknown key (given 1). Allowed here: batch_size,",
+        ),
+        (
+            '[variants.other]\nattention = "1/3"',
+            "a.toml: variants.other.attention: given '1/3'; input should be one of 1,",
+        ),
+        ("[variants.other]\nattenton = 1", "did you mean 'attention'?"),
+        ("[variants.teacher]", "'teacher': a variant's name is letters, digits, - and _"),
+        ('[variants."a/b"]', "'a/b': a variant's name is"),
+        ('[variants.b]\nset = { "dpo.bta" = 1 }', "variants.b.set: dpo.bta: unknown key"),
+        ('[variants.b]\nset = { "corpus.max_tokens" = 1 }', "variants.b.set: corpus.max_tokens: is shared by all"),
+        ('[benchmark]\ntasks = ["arc"]', "a.toml: benchmark.tasks.0: given 'arc'; input should be 'hellaswag_100'"),
+        ("[dpo", "a.toml: not valid TOML"),
+    ],
+)
+def test_a_fault_names_key_value_and_what_is_allowed_in_one_line(extra, said):
+    with pytest.raises(ConfigError) as caught:
+        parse(extra)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_fault_is_reported():
+    with pytest.raises(ConfigError) as caught:
+        parse("[dpo]\nbeta = 11\nsteps = -1")
+    assert str(caught.value).count("\n") == 1
+
+
+def test_missing_section_and_missing_data():
+    with pytest.raises(ConfigError, match="teacher: missing"):
+        config.parse_text('[corpus]\nsources = ["file:x"]\n[variants.a]', "a.toml")
+    with pytest.raises(ConfigError, match="corpus.sources is empty and corpus.self_chat.conversations is 0"):
+        config.parse_text('[teacher]\nsource = "file:t"\n[corpus]\n[variants.a]', "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("dpo.beta=0.05", 0.05),
+        ("dpo.reference=policy", "policy"),
+        ('dpo.reference="policy"', "policy"),
+        ("variants.half.attention=1/4", "1/4"),
+        ("variants.half.attention=[1, 3]", [1, 3]),
+        ("variants.fresh.attention=0", "0"),
+    ],
+)
+def test_an_override_sets_one_leaf(override, value):
+    changed = config.override(parse(), [override]).model_dump(mode="json")
+    for part in override.partition("=")[0].split("."):
+        changed = changed[part]
+    assert changed == value
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("dpo.bta=1", "--set: dpo.bta: unknown key (given 1); did you mean 'beta'?"),
+        ("dpo=1", "--set: dpo: given 1; expected a section"),
+        ("dpo.beta.x=1", "dpo.beta.x: 'beta' is a value, not a section"),
+        ("dpo.beta", "--set 'dpo.beta': expected leaf=value, for example dpo.beta=0.05"),
+        ("kl_distill.steps=1.5", "--set: kl_distill.steps: given 1.5; input should be a valid integer"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line(override, said):
+    with pytest.raises(ConfigError) as caught:
+        config.override(parse(), [override])
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.toml: cannot be read: No such file"):
+        config.load(tmp_path / "nowhere.toml")
+    (tmp_path / "latin.toml").write_bytes(b'title = "\xe9"')
+    with pytest.raises(ConfigError, match="latin.toml: not a UTF-8 text"):
+        config.load(tmp_path / "latin.toml")
+
+
+def test_what_metaflow_passes_on_parses_to_the_same():
+    first = parse('[variants.b]\nset = { "dpo.beta" = 0.2 }')
+    assert config.parse_text(first.model_dump_json()) == first
+
+
+def test_a_variant_sets_its_own_leaves_only():
+    both = parse('[variants.b]\nset = { "dpo.beta" = 0.2, "seed" = 3 }')
+    assert both.for_variant("half") == both
+    assert (both.for_variant("b").dpo.beta, both.for_variant("b").seed) == (0.2, 3)
+    assert (both.dpo.beta, both.seed) == (0.1, 0)
+
+
+def test_init_stage_config_carries_the_attention_of_the_variant():
+    assert InitStageConfig(attention=[1, 3]).model_dump().keys() == config.InitConfig().model_dump().keys() | {
+        "attention"
+    }
+
+
+def test_store_url_prefers_the_environment_and_counts_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.delenv("MAMBALLAMA_STORE", raising=False)
+    assert config.store_url(parse(), tmp_path) == str(tmp_path / ".mamballama" / "store")
+    assert config.store_url(parse('[store]\nurl = "s3://b/p"'), tmp_path) == "s3://b/p"
+    monkeypatch.setenv("MAMBALLAMA_STORE", "elsewhere")
+    assert config.store_url(parse(), tmp_path) == str(tmp_path / "elsewhere")

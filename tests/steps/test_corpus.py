@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from corpora import chat, preferences, sources
+from corpora.conversations import ConversationError
+from corpora.shards import Shard
+from steps import corpus
+from steps.config import CorpusConfig, SelfChatConfig
+from steps.stage import StageContext
+from tests.corpora import tiny
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny.save_llama(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def build(teacher, tmp_path):
+    def run(name="out", seed=0, progress=None, **settings):
+        out = tmp_path / name
+        out.mkdir()
+        extra = {"progress": progress} if progress else {}
+        context = StageContext("cpu", "float32", seed, tmp_path, **extra)
+        return out, corpus.run(CorpusConfig(**settings), {"teacher": teacher}, out, context)
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path):
+    return f"file:{tiny.write_jsonl(tmp_path / 'data.jsonl', [tiny.conversation(i, turns=2) for i in range(40)])}"
+
+
+def texts(shard, tokenizer):
+    return {tokenizer.decode(shard.document(i)) for i in range(len(shard))}
+
+
+def test_splits_are_disjoint_and_hold_the_conversations(build, source, teacher):
+    out, summary = build(sources=[source], held_out_conversations=8)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    train, held = Shard.load(out / "train.npz"), Shard.load(out / "held_out.npz")
+    assert (len(train), len(held)) == (32, 8)
+    everything = {chat.conversation_text(tokenizer, tiny.conversation(i, turns=2)) for i in range(40)}
+    assert texts(train, tokenizer) | texts(held, tokenizer) == everything
+    assert not texts(train, tokenizer) & texts(held, tokenizer)
+    assert 0 < train.assistant.mean() < 1
+    assert summary["splits"]["train"] == {
+        "conversations": 32,
+        "tokens": len(train.tokens),
+        "assistant_tokens": int(train.assistant.sum()),
+    }
+
+
+def test_manifest_names_every_file_by_hash_and_the_result_is_reproducible(build, source):
+    (out, _), (again, _) = (build(name, sources=[source], held_out_conversations=8) for name in ("one", "two"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["files"] == {n: sources.sha256_of(out / n) for n in ("train.npz", "held_out.npz")}
+    assert manifest["seed"] == 0 and len(manifest["tokenizer"]) == 64
+    assert manifest["sources"][source]["conversations"] == 40
+    assert (out / "manifest.json").read_bytes() == (again / "manifest.json").read_bytes()
+    other, _ = build("other", seed=1, sources=[source], held_out_conversations=8)
+    assert set(Shard.load(other / "held_out.npz").ids) != set(Shard.load(out / "held_out.npz").ids)
+
+
+def test_the_same_text_twice_is_one_conversation(build, tmp_path):
+    records = [tiny.conversation(i) for i in range(6)]
+    copies = [{**r, "id": f"copy {r['id']}"} for r in records]
+    copies[0]["messages"] = [{**m, "content": m["content"] + "  "} for m in copies[0]["messages"]]
+    path = tiny.write_jsonl(tmp_path / "twice.jsonl", records + copies)
+    out, summary = build(sources=[f"file:{path}"], held_out_conversations=2)
+    assert summary["duplicates"] == 6
+    ids = [*Shard.load(out / "train.npz").ids, *Shard.load(out / "held_out.npz").ids]
+    assert sorted(ids) == [r["id"] for r in records]
+
+
+def test_reading_stops_after_max_tokens(build, source):
+    _, full = build(sources=[source], held_out_conversations=2)
+    total = full["sources"][source]["tokens"]
+    both = [source, source.replace("data", "never read")]
+    _, summary = build("short", sources=both, held_out_conversations=2, max_tokens=total // 2)
+    counts = list(summary["sources"].values())
+    assert total // 2 <= counts[0]["tokens"] < total // 2 + total // 20
+    assert counts[1] == {"conversations": 0, "tokens": 0}
+
+
+def test_self_chat_is_added_to_the_sources_and_seeded(build, source, monkeypatch):
+    import hybrid.generate
+
+    tokenizer, seeds, shown = tiny.tokenizer(), [], []
+
+    def generate(model, prompts, max_new_tokens, *, seed, **_):
+        seeds.append(seed)
+        said = "say {} of {}<|im_end|>\n<|im_start|>assistant\nso be it"
+        return [tokenizer(said.format(i, seed), add_special_tokens=False)["input_ids"] for i in range(len(prompts))]
+
+    monkeypatch.setattr(hybrid.generate, "generate", generate)
+    settings = SelfChatConfig(conversations=5, max_tokens=90, batch_size=3)
+    out, summary = build(sources=[source], self_chat=settings, held_out_conversations=4, progress=shown.append)
+    assert summary["sources"]["self_chat"]["conversations"] == 5
+    ids = [*Shard.load(out / "train.npz").ids, *Shard.load(out / "held_out.npz").ids]
+    assert len(ids) == 45 and sum(i.startswith("selfchat-0-") for i in ids) == 5
+    assert len(set(seeds)) == 2
+    assert shown[-1].done == shown[-1].total == 5
+    monkeypatch.setattr(hybrid.generate, "generate", lambda *a, seed, **k: generate(*a, seed=seed, **k))
+    build("again", seed=1, self_chat=settings, held_out_conversations=2)
+    assert not set(seeds[2:]) & set(seeds[:2])
+
+
+def test_a_random_model_really_generates_and_is_refused_for_not_conversing(build):
+    settings = SelfChatConfig(conversations=2, max_tokens=60, batch_size=2)
+    with pytest.raises(chat.ChatTemplateError, match="none of 20 sampled texts is a conversation"):
+        build(self_chat=settings, held_out_conversations=1)
+
+
+def test_natural_text_is_tokenised_up_to_the_cap(build, source, tmp_path, monkeypatch):
+    (tmp_path / "essays").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "essays" / f"{name}.txt").write_text(f"hello there, {name} is the answer " * 5)
+    monkeypatch.setattr(corpus, "NATURAL_TOKENS", 150)
+    out, summary = build(sources=[source], held_out_conversations=2, natural_text=f"file:{tmp_path}/essays/*.txt")
+    natural = Shard.load(out / "natural.npz")
+    assert len(natural.tokens) == 150 == summary["splits"]["natural"]["tokens"]
+    assert natural.ids.tolist()[0] == "a.txt" and not natural.assistant.any()
+    expected = tiny.tokenizer()((tmp_path / "essays" / "a.txt").read_text())["input_ids"]
+    assert natural.document(0).tolist() == expected[:150]
+
+
+def test_preferences_are_checked_and_copied(build, source, tmp_path):
+    reply = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "good"}]
+    worse = [reply[0], {"role": "assistant", "content": "bad"}]
+    path = tiny.write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": reply, "rejected": worse, "score": 3}])
+    out, summary = build(sources=[source], held_out_conversations=2, preferences=f"file:{path}")
+    assert summary["splits"]["preferences"] == {"pairs": 1}
+    (pair,) = preferences.load(out / "preferences.jsonl", tiny.tokenizer())
+    assert pair.informative and pair.id == "pairs.jsonl:1"
+
+
+def test_bad_data_and_too_little_data_are_named(build, tmp_path):
+    path = tiny.write_jsonl(tmp_path / "few.jsonl", [tiny.conversation(i) for i in range(3)])
+    with pytest.raises(corpus.CorpusError, match="held_out_conversations is 3, but the sources give only 3 different"):
+        build(sources=[f"file:{path}"], held_out_conversations=3)
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(ConversationError, match=r"few\.jsonl:4: not valid JSON"):
+        build("again", sources=[f"file:{path}"], held_out_conversations=1)
+    with pytest.raises(sources.SourceError, match="there is no file or folder"):
+        build("missing", sources=["file:no such.jsonl"], held_out_conversations=1)
