@@ -32,8 +32,7 @@ def generate(
     temperature 0 is greedy, and then the reply to a prompt does not depend on the rest of the batch. eos_token_ids: None takes
     the model's own, () never stops. callback gets each step's tokens (B,), −1 for rows that have ended.
     """
-    if not prompts or any(not p for p in prompts):
-        raise ValueError("every prompt needs at least one token")
+    check_request(prompts, max_new_tokens)
     device = model.device
     stop = torch.tensor(list(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids), device=device)
     tokens, counts = right_pad(prompts, device)
@@ -56,6 +55,13 @@ def generate(
         if step + 1 < max_new_tokens:
             last = model.hidden(chosen[:, None], cache=cache, counts=running.long())[:, 0]
     return [[t for t in row if t >= 0] for row in torch.stack(steps, dim=1).tolist()]
+
+
+def check_request(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if not prompts or any(not p for p in prompts):
+        raise ValueError("every prompt needs at least one token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:

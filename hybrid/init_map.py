@@ -43,8 +43,8 @@ def from_attention(
     *,
     gate_bias: float = 3.0,
     gate_scale: float = 0.1,
-    a_min: float = 0.3,
-    a_max: float = 2.0,
+    a_min: float = 8.0,
+    a_max: float = 64.0,
     seed: int = 0,
 ) -> HybridForCausalLM:
     """A student with mixers in all layers but `attention_layers`; shares no tensor with the teacher.

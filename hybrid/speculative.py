@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from hybrid.generate import next_logits, right_pad
+from hybrid.generate import check_request, next_logits, right_pad
 from hybrid.model import HybridForCausalLM
 
 
@@ -79,6 +79,7 @@ def generate_speculative(
 
     drafts: one per prompt, fresh. k: tokens proposed per verification; 0 is plain decoding by the same code.
     """
+    check_request(prompts, max_new_tokens)
     device = model.device
     stop = set(model.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
     tokens, counts = right_pad(prompts, device)

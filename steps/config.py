@@ -86,8 +86,8 @@ class InitConfig(Model):
     """silu(z + gate_bias); ignored by `paper`."""
     gate_scale: float = Field(default=0.1, ge=0.0, le=1.0)
     """Factor on the random z weights; ignored by `paper`."""
-    a_min: float = Field(default=0.3, gt=0.0)
-    a_max: float = Field(default=2.0, gt=0.0)
+    a_min: float = Field(default=8.0, gt=0.0)
+    a_max: float = Field(default=64.0, gt=0.0)
     """A is spread over [a_min, a_max] by head, geometrically; ignored by `paper`, which draws U(1, 16)."""
     tokens: PositiveInt = 32768
     """Tokens for the ridge regression."""

@@ -40,10 +40,11 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
     student = build("copy" if config.method == "calibrated" else config.method)
     start[config.method if config.method != "calibrated" else "copy"] = measure(teacher, student, inputs, context)
     errors: dict[int, float] = {}
-    if config.method == "calibrated" and student.config.mamba_layers:
-        errors = calibrate_out_proj(
-            teacher, student, _batches(config, inputs, context), config.ridge, autocast_type(context)
-        )
+    if config.method == "calibrated":
+        if student.config.mamba_layers:
+            errors = calibrate_out_proj(
+                teacher, student, _batches(config, inputs, context), config.ridge, autocast_type(context)
+            )
         start["calibrated"] = measure(teacher, student, inputs, context)
     if config.method != "paper" and config.measure_paper:
         start["paper"] = measure(teacher, build("paper"), inputs, context)

@@ -62,9 +62,9 @@ def train(
     context.compute. Continues from the newest checkpoint, to the same weights as if it had never stopped.
     """
     torch.manual_seed(context.seed)
-    compute = "bf16" if context.compute == "bfloat16" else "no"
+    # Accelerate's own mixed precision is one for the whole process and stays on the model after training.
     accelerator = Accelerator(
-        cpu=context.device == "cpu", mixed_precision=compute, gradient_accumulation_steps=config.accumulation
+        cpu=context.device == "cpu", mixed_precision="no", gradient_accumulation_steps=config.accumulation
     )
     parameters = select_parameters(model, config)
     optimizer = torch.optim.AdamW(
@@ -89,7 +89,7 @@ def train(
         for micro in range(config.accumulation):
             batch = batches(state.step * config.accumulation + micro)
             with accelerator.accumulate(model):
-                with accelerator.autocast():
+                with torch.autocast(context.device, torch.bfloat16, enabled=context.compute == "bfloat16"):
                     loss, figures = loss_function(model, batch.data)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

@@ -99,6 +99,7 @@ def ce_loss(hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: i
 def sequence_log_probability(hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int = CHUNK) -> Tensor:
     """Σ over the tokens of mask of log p(label), row by row: (B,). Logits are recomputed in the backward pass."""
     flat, wanted = hidden[mask], labels[mask]
+    _check_some(flat)
     head = head.to(_compute_type(hidden))
 
     def rows_log_probability(part: Tensor, part_labels: Tensor, weight: Tensor) -> Tensor:
@@ -126,9 +127,13 @@ def dpo_loss(
 
 def _head_loss(hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor], chunk: int) -> Tensor:
     """Σ chunk_loss(logits of the rows) / T for hidden (T, d); chunk_loss returns a sum over its rows."""
-    if not len(hidden):
-        raise ValueError("no token of the batch counts: the mask is empty")
+    _check_some(hidden)
     return _ChunkedHead.apply(hidden, head, chunk_loss, chunk)
+
+
+def _check_some(tokens: Tensor) -> None:
+    if not len(tokens):
+        raise ValueError("no token of the batch counts: the mask is empty")
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:

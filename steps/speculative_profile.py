@@ -22,6 +22,10 @@ from steps.stage import Progress, StageContext
 MAX_PROMPT_TOKENS = 256
 
 
+class ProfileError(RuntimeError):
+    """Nothing to measure; the message says why."""
+
+
 def run(config: SpeculativeConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Batch one, greedy, in float32: with half-precision logits ties are frequent and greedy itself is not well defined.
 
@@ -31,6 +35,11 @@ def run(config: SpeculativeConfig, inputs: Mapping[str, Path], out: Path, contex
     student = load_pretrained(inputs["student"], context.device, torch.float32)
     prompts = _prompts(inputs["corpus"], config.prompts, context.seed)
     plain = [generate(student, [prompt], config.new_tokens)[0] for prompt in prompts]
+    if all(len(reply) < 2 for reply in plain):
+        raise ProfileError(
+            f"no reply to {len(prompts)} prompts has a second token (speculative_profile.new_tokens is {config.new_tokens}), "
+            "so nothing is decoded speculatively; switch the stage off or train the student longer"
+        )
     rows: list[dict[str, Any]] = []
     for k in range(config.max_k + 1):
         outputs, stats = _decode(student, prompts, config, k)
@@ -73,6 +82,7 @@ def _decode(
 
 def _figures(k: int, stats: Sequence[SpeculationStats], identical: bool) -> dict[str, Any]:
     """One row of the profile. The first token of a reply comes from the prefill and is not counted."""
+    stats = [s for s in stats if s.emitted]  # a reply that ended there says nothing, and has no ratio to resample
     emitted = np.array([sum(s.emitted) for s in stats], dtype=float)
     verifications = np.array([len(s.emitted) for s in stats], dtype=float)
     proposed = np.array([s.proposed for s in stats]).reshape(len(stats), k).sum(0)

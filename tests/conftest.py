@@ -24,3 +24,6 @@ def _cuda():
     import torch
 
     return torch.cuda.is_available()
+
+
+pytest_plugins = ["s3_server"]  # the fixtures `s3_environment` and `s3_url`; the server starts with their first use

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+CHUNK_SIZE = 64
+
 
 def ssd_sequential(
     x: Tensor,
@@ -57,7 +59,7 @@ def ssd_chunked(
     D: Tensor | None = None,
     seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
     """The same by chunks: quadratic inside a chunk, a recurrence over the chunks' states (2405.21060 §6, Listing 1).
 

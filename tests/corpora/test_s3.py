@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 
-import boto3
 import pytest
+from s3_server import s3_files
 
 from corpora import conversations, sources
 from tests.corpora import tiny
-from tests.stage_store.conftest import s3_environment, s3_url
-
-__all__ = ["s3_environment", "s3_url"]
 
 
 @pytest.fixture
 def bucket(s3_url, tmp_path, monkeypatch):
     monkeypatch.setenv("MAMBALLAMA_CACHE", str(tmp_path / "cache"))
-    name, _, prefix = s3_url.removeprefix("s3://").partition("/")
-    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL_S3"])
 
     def put(key, records):
         body = "".join(json.dumps(r) + "\n" for r in records).encode()
-        client.put_object(Bucket=name, Key=f"{prefix}/{key}", Body=body)
-        return f"s3://{name}/{prefix}/{key}"
+        s3_files().pipe_file(f"{s3_url}/{key}", body)
+        return f"{s3_url}/{key}"
 
     return put
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import boto3
+from s3_server import s3_files
 
 from stage_store import StageRef, Store, stage_key
 
@@ -52,9 +51,7 @@ def damage(store: Store, path: str, data: bytes | None) -> None:
         target = Path(store.url) / path
         target.unlink() if data is None else target.write_bytes(data)
         return
-    bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
-    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL_S3"])
     if data is None:
-        client.delete_object(Bucket=bucket, Key=f"{prefix}/{path}")
+        s3_files().rm_file(f"{store.url}/{path}")
     else:
-        client.put_object(Bucket=bucket, Key=f"{prefix}/{path}", Body=data)
+        s3_files().pipe_file(f"{store.url}/{path}", data)

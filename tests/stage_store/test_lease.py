@@ -26,7 +26,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def start(url: str) -> Iterator[Start]:
     """Start a worker on the store; all that are left are killed at the end."""
     started: list[subprocess.Popen[str]] = []
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests", Path(__file__).parent]))}
 
     def start(lease_seconds: float) -> subprocess.Popen[str]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -22,6 +22,7 @@ def work(out: Path, checkpoints: object) -> dict[str, object]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    logging.getLogger("botocore").setLevel(logging.ERROR)
+    for library in ("aiobotocore", "botocore"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     ref, hit = compute(Store(sys.argv[1], lease_seconds=float(sys.argv[2])), work=work)
     print("adopted" if hit else "computed", ref.digest, flush=True)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from hybrid import HybridForCausalLM
+from hybrid.init_map import from_attention, in_proj_rows, inverse_softplus, verify
+from tests.hybrid import tiny_hybrid
+from tests.hybrid.tiny_hybrid import tokens
+
+KEPT = (1,)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> HybridForCausalLM:
+    return tiny_hybrid.model(attention_layers=(0, 1, 2, 3))
+
+
+def mixers(student: HybridForCausalLM) -> list:
+    return [student.model.layers[i].mamba for i in student.config.mamba_layers]
+
+
+@pytest.mark.parametrize("method", ["copy", "paper"])
+def test_projections_are_copied(teacher, method):
+    student = from_attention(teacher, KEPT, method)
+    assert student.config.mamba_layers == (0, 2, 3)
+    for layer in student.config.mamba_layers:
+        attention, mixer = teacher.model.layers[layer].self_attn, student.model.layers[layer].mamba
+        z, x, B, C, dt = mixer.in_proj.weight.split((48, 16, 16, 48, 6))
+        assert torch.equal(C, attention.q_proj.weight)
+        assert torch.equal(B, attention.k_proj.weight)
+        assert torch.equal(x, attention.v_proj.weight)
+        assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
+        assert {p.dtype for p in mixer.parameters()} == {torch.float32}
+
+
+def test_everything_else_is_the_teachers_own_copy(teacher):
+    student = from_attention(teacher, KEPT)
+    theirs = dict(teacher.named_parameters())
+    for name, ours in student.named_parameters():
+        if ".mamba." not in name:
+            assert torch.equal(ours, theirs[name])
+            assert ours.data_ptr() != theirs[name].data_ptr()
+    assert "model.layers.1.self_attn.q_proj.weight" in dict(student.named_parameters())
+
+
+def test_rows_are_in_the_papers_order():
+    rows = in_proj_rows(tiny_hybrid.config())
+    assert list(rows) == ["z", "x", "B", "C", "dt"]
+    assert [(s.start, s.stop) for s in rows.values()] == [(0, 48), (48, 64), (64, 80), (80, 128), (128, 134)]
+
+
+def test_copy_starts_with_an_identity_and_an_open_gate(teacher):
+    student = from_attention(teacher, (), "copy", gate_bias=2.5, gate_scale=0.0, a_min=0.5, a_max=8.0, seed=1)
+    assert not student.config.conv_silu
+    assert student.config.proj_bias
+    rows = in_proj_rows(student.config)
+    x = torch.randn(1, 9, student.config.conv_channels)
+    for mixer in mixers(student):
+        convolved = torch.nn.functional.conv1d(
+            torch.nn.functional.pad(x.transpose(1, 2), (3, 0)), mixer.conv1d.weight, mixer.conv1d.bias, groups=80
+        )
+        assert torch.equal(convolved.transpose(1, 2), x)
+        A = mixer.A_log.exp()
+        torch.testing.assert_close(A[[0, -1]], torch.tensor([0.5, 8.0]))
+        torch.testing.assert_close(A[1:] / A[:-1], torch.full((5,), 16 ** (1 / 5)))
+        z = mixer.in_proj(torch.randn(5, 48))[:, rows["z"]]
+        assert torch.equal(z, torch.full_like(z, 2.5))
+        assert mixer.in_proj.bias[48:].abs().max() == 0
+        assert torch.equal(mixer.D, torch.ones(6))
+        assert torch.equal(mixer.norm.weight, torch.ones(48))
+
+
+def test_gate_scale_is_a_factor(teacher):
+    whole, small = (from_attention(teacher, (), "copy", gate_scale=scale) for scale in (1.0, 0.1))
+    for a, b in zip(mixers(whole), mixers(small), strict=True):
+        torch.testing.assert_close(b.in_proj.weight[:48], 0.1 * a.in_proj.weight[:48])
+        assert torch.equal(a.in_proj.weight[48:], b.in_proj.weight[48:])
+
+
+def test_paper_draws_as_the_released_code(teacher):
+    student = from_attention(teacher, (), "paper", gate_bias=9.0, gate_scale=0.0, a_min=100.0, a_max=200.0, seed=1)
+    assert student.config.conv_silu
+    assert not student.config.proj_bias
+    rows = in_proj_rows(student.config)
+    A = torch.cat([m.A_log.exp() for m in mixers(student)])
+    assert A.min() >= 1
+    assert A.max() <= 16
+    assert A.std() > 2
+    bound = 1 / math.sqrt(48)  # Linear draws U(−1/√fan_in, 1/√fan_in)
+    for mixer in mixers(student):
+        assert mixer.in_proj.bias is None
+        for name in ("z", "dt"):
+            drawn = mixer.in_proj.weight[rows[name]]
+            assert drawn.abs().max() <= bound
+            assert drawn.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        assert mixer.conv1d.weight.abs().max() <= 0.5
+        assert mixer.conv1d.weight.std() == pytest.approx(0.5 / math.sqrt(3), rel=0.2)
+        assert torch.equal(mixer.D, torch.ones(6))
+
+
+@pytest.mark.parametrize("method", ["copy", "paper"])
+def test_time_steps_are_log_uniform(method):
+    wide = tiny_hybrid.model(n_heads=512, n_kv_heads=2, head_dim=2, n_layers=1, attention_layers=(0,))
+    mixer = from_attention(wide, (), method).model.layers[0].mamba
+    dt = softplus(mixer.dt_bias)
+    assert dt.min() >= 1e-3 * 0.999
+    assert dt.max() <= 0.1 * 1.001
+    share = (dt.log() - math.log(1e-3)) / math.log(100)  # U(0, 1)
+    assert share.mean() == pytest.approx(0.5, abs=0.05)
+    assert share.std() == pytest.approx(1 / math.sqrt(12), abs=0.03)
+
+
+def test_inverse_softplus():
+    y = torch.tensor([1e-4, 1e-3, 0.1, 1.0, 20.0])
+    torch.testing.assert_close(softplus(inverse_softplus(y)), y, rtol=1e-4, atol=0)
+
+
+def test_seed_decides_and_the_callers_generator_is_left_alone(teacher):
+    torch.manual_seed(7)
+    wanted = torch.rand(1)
+    torch.manual_seed(7)
+    one, same, other = (from_attention(teacher, (), "paper", seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.rand(1), wanted)
+    text = tokens(1, 12)
+    assert torch.equal(one(text), same(text))
+    assert not torch.equal(one(text), other(text))
+
+
+def test_half_precision_teacher_gets_float32_mixers():
+    teacher = tiny_hybrid.model(attention_layers=(0, 1, 2, 3)).bfloat16()
+    student = from_attention(teacher, KEPT)
+    types = {(".mamba." in name, p.dtype) for name, p in student.named_parameters()}
+    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mamba.in_proj.weight",
+        "model.layers.2.mamba.out_proj.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.norm.weight",
+    ],
+)
+def test_verify_notices_a_changed_weight(teacher, name):
+    student = from_attention(teacher, KEPT)
+    verify(teacher, student)
+    changed = dict(student.named_parameters())[name]
+    changed.data[60 if "in_proj" in name else 0] += 1e-3
+    with pytest.raises(RuntimeError, match=name.split(".mamba")[0].replace("model.layers.", "(model.layers.|layer )")):
+        verify(teacher, student)

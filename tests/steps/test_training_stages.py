@@ -1,0 +1,286 @@
+"""The stages that make students, one after the other, on a tiny teacher; their first losses recomputed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from corpora.packing import PackedBlocks
+from corpora.preferences import PreferenceError
+from corpora.shards import Shard
+from hybrid import load_pretrained
+from hybrid.taps import attention_taps
+from steps import align, dpo, init_from_attention, kl_distill, sft
+from steps.config import AlignConfig, DPOConfig, InitStageConfig, KLConfig, SFTConfig
+from steps.students import token_batches
+from tests.corpora.tiny import write_jsonl
+from tests.steps import tiny_stages
+
+INIT = InitStageConfig(attention=[1], tokens=256, batch_size=2, seq_len=64)
+STEPS = 8
+COMMON: dict[str, Any] = {"steps": STEPS, "batch_size": 2, "seq_len": 61, "checkpoint_every": 5}
+ALIGN = AlignConfig(**COMMON, mixer_lr=5e-3)
+KL = KLConfig(**COMMON, mixer_lr=3e-3, rest_lr=1e-3)
+SFT = SFTConfig(**COMMON, mixer_lr=1e-3, rest_lr=1e-3)
+DPO = DPOConfig(
+    **COMMON, mixer_lr=3e-3, rest_lr=1e-3, pairs=8, max_reply_tokens=9, max_prompt_tokens=90, generation_batch=3
+)
+CHAIN = {
+    "init": (init_from_attention, INIT, None),
+    "align": (align, ALIGN, "init"),
+    "kl": (kl_distill, KL, "align"),
+    "sft": (sft, SFT, "kl"),
+    "dpo": (dpo, DPO, "sft"),
+}
+
+
+@dataclass
+class Chain:
+    """What each stage left: its inputs, its folder and its summary."""
+
+    inputs: dict[str, dict[str, Path]]
+    out: dict[str, Path]
+    summary: dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory) -> dict[str, Path]:
+    return tiny_stages.upstream(tmp_path_factory.mktemp("upstream"))
+
+
+@pytest.fixture(scope="module")
+def chain(upstream, tmp_path_factory) -> Chain:
+    done = Chain({}, {}, {})
+    for name, (stage, config, before) in CHAIN.items():
+        done.inputs[name] = upstream | ({"student": done.out[before]} if before else {})
+        done.out[name] = tmp_path_factory.mktemp(name)
+        done.summary[name] = stage.run(config, done.inputs[name], done.out[name], tiny_stages.context(done.out[name]))
+    return done
+
+
+@pytest.fixture
+def run(upstream, tmp_path) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """Run one stage in a folder of its own: (summary, folder)."""
+
+    def runs(stage, config, student: Path | None = None, compute: str = "float32", **inputs: Path):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        given = {**upstream, **inputs} | ({"student": student} if student else {})
+        return stage.run(config, given, out, tiny_stages.context(tmp_path, compute)), out
+
+    return runs
+
+
+def first_batch(inputs, config) -> Any:
+    return PackedBlocks(Shard.load(inputs["corpus"] / "train.npz"), config.seq_len, 3).batch(0, config.batch_size)
+
+
+def tensors(*arrays) -> list[torch.Tensor]:
+    return [torch.from_numpy(a) for a in arrays]
+
+
+# Every stage
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_leaves_a_student_that_loads(chain, name):
+    student = load_pretrained(chain.out[name])
+    assert student.config.mamba_layers == (0, 2)
+    assert (chain.out[name] / "tokenizer.json").is_file()
+    json.dumps(chain.summary[name], allow_nan=False)
+    assert chain.summary[name]["held_out"]["kl"] > 0
+    assert 0 <= chain.summary[name]["held_out"]["top1"] <= 1
+
+
+@pytest.mark.parametrize("name", ["align", "kl", "sft"])
+def test_lowers_its_loss(chain, run, name):
+    """Of its first batch, which a run that starts where it ended sees again."""
+    stage, config, _ = CHAIN[name]
+    again, _ = run(stage, config.model_copy(update={"steps": 1}), chain.out[name])
+    assert chain.summary[name]["steps"] == STEPS
+    assert again["loss_first"] < chain.summary[name]["loss_first"]
+
+
+@pytest.mark.parametrize("name", ["align", "kl", "sft", "dpo"])
+def test_trains_what_its_rates_say(chain, name):
+    before, after = (
+        dict(load_pretrained(folder).named_parameters()) for folder in (chain.inputs[name]["student"], chain.out[name])
+    )
+    for weight, p in after.items():
+        frozen = name == "align" and ".mamba." not in weight
+        assert torch.equal(p, before[weight]) == frozen, weight
+
+
+def test_distance_from_the_teacher_falls(chain):
+    held_out = {name: chain.summary[name]["held_out"]["kl"] for name in ("init", "align", "kl")}
+    assert held_out["kl"] < held_out["init"]
+    assert held_out["align"] < chain.summary["init"]["start"]["paper"]["kl"]
+
+
+# init_from_attention
+
+
+def test_init_reports_every_start(chain):
+    summary = chain.summary["init"]
+    assert summary["attention_layers"] == [1]
+    assert summary["replaced_layers"] == [0, 2]
+    assert set(summary["start"]) == {"copy", "calibrated", "paper"}
+    assert summary["held_out"] == summary["start"]["calibrated"]
+    assert summary["start"]["calibrated"]["kl"] < summary["start"]["copy"]["kl"]
+    assert [row["layer"] for row in summary["layers"]] == [0, 2]
+    assert all(0 < row["relative_error"] < 1 for row in summary["layers"])
+
+
+@pytest.mark.parametrize(
+    ("attention", "kept"), [("0", []), ("1/2", [1]), ([0, 2], [0, 2]), ("1", [0, 1, 2])], ids=["0", "1/2", "list", "1"]
+)
+def test_init_keeps_the_wanted_layers(run, attention, kept):
+    summary, out = run(init_from_attention, INIT.model_copy(update={"attention": attention, "measure_paper": False}))
+    assert summary["attention_layers"] == kept
+    assert load_pretrained(out).config.attention_layers == tuple(kept)
+    assert "paper" not in summary["start"]
+    if attention == "1":
+        assert summary["held_out"]["kl"] == pytest.approx(0, abs=1e-6)
+        assert summary["held_out"]["top1"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["paper", "copy"])
+def test_init_by_another_method(run, method):
+    summary, out = run(init_from_attention, INIT.model_copy(update={"method": method, "measure_paper": False}))
+    assert set(summary["start"]) == {method}
+    assert summary["layers"] == []
+    assert load_pretrained(out).config.conv_silu == (method == "paper")
+
+
+# First losses, by hand
+
+
+def test_align_loss_by_hand(chain):
+    batch = first_batch(chain.inputs["align"], ALIGN)
+    text, seq_idx = tensors(batch.tokens, batch.seq_idx)
+    teacher, student = (load_pretrained(chain.inputs["align"][role]) for role in ("teacher", "student"))
+    errors = []
+    with attention_taps(teacher, (0, 2)) as taps, torch.no_grad():
+        teacher(text, seq_idx)
+        for layer in (0, 2):
+            given, wanted = taps[layer]
+            off = student.model.layers[layer].mamba(given, seq_idx).double() - wanted
+            errors.append((off.pow(2).sum() / wanted.double().pow(2).sum()).item())
+    assert chain.summary["align"]["loss_first"] == pytest.approx(sum(errors) / 2, rel=1e-4)
+
+
+def test_kl_by_hand(chain, run):
+    batch = first_batch(chain.inputs["kl"], KL)
+    text, seq_idx, mask, targets = tensors(batch.tokens, batch.seq_idx, batch.loss_mask, batch.targets)
+    assert 0 < (~mask).sum() < mask.sum()
+    log_p, log_q = (
+        log_softmax(load_pretrained(chain.inputs["kl"][role])(text, seq_idx)[mask].double(), -1)
+        for role in ("teacher", "student")
+    )
+    forward = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert chain.summary["kl"]["loss_first"] == pytest.approx(forward, rel=1e-4)
+    assert chain.summary["kl"]["tokens"] == sum(
+        PackedBlocks(Shard.load(chain.inputs["kl"]["corpus"] / "train.npz"), 61, 3).batch(step, 2).loss_mask.sum()
+        for step in range(STEPS)
+    )
+    nll = -log_q.gather(1, targets[mask][:, None]).mean().item()
+    reverse = (log_q.exp() * (log_q - log_p)).sum(-1).mean().item()
+    other = KL.model_copy(update={"steps": 1, "loss": "reverse", "ce_weight": 0.5})
+    summary, _ = run(kl_distill, other, chain.out["align"])
+    assert summary["loss_first"] == pytest.approx(reverse + 0.5 * nll, rel=1e-4)
+
+
+def test_sft_scores_replies_only(chain):
+    batch = first_batch(chain.inputs["sft"], SFT)
+    text, seq_idx, targets = tensors(batch.tokens, batch.seq_idx, batch.targets)
+    replies = Shard.load(chain.inputs["sft"]["corpus"] / "train.npz")
+    followed = {  # (document, token before, token): what the shard calls a reply, looked up without the packing
+        (str(name), i): bool(replies.assistant[start + i + 1])
+        for name, start, end in zip(replies.ids, replies.starts[:-1], replies.starts[1:], strict=True)
+        for i in range(end - start - 1)
+    }
+    assert 0.2 < sum(followed.values()) / len(followed) < 0.8
+    mask = token_batches(chain.inputs["sft"]["corpus"] / "train.npz", SFT, tiny_stages.context(Path()), "assistant_loss")(0)
+    scored = mask.data.mask
+    assert torch.equal(scored, torch.from_numpy(batch.assistant_loss))
+    assert mask.tokens == scored.sum()
+    student = load_pretrained(chain.inputs["sft"]["student"])
+    nll = -log_softmax(student(text, seq_idx).double(), -1).gather(2, targets[..., None])[..., 0]
+    assert chain.summary["sft"]["loss_first"] == pytest.approx(nll[scored].mean().item(), rel=1e-4)
+    assert nll[torch.from_numpy(batch.loss_mask)].mean() != pytest.approx(nll[scored].mean().item(), rel=1e-2)
+
+
+# Preferences
+
+
+def test_dpo_with_pairs_of_its_own(chain):
+    summary = chain.summary["dpo"]
+    assert 2 <= summary["pairs"] <= 8
+    assert summary["loss_first"] != pytest.approx(math.log(2), abs=1e-3), "the reference is the teacher"
+    assert summary["accuracy_last"] >= summary["accuracy_first"]
+
+
+def test_dpo_against_the_policy_starts_at_ln_2(chain, run):
+    config = DPO.model_copy(update={"reference": "policy", "steps": 6, "accumulation": 2, "mixer_lr": 1e-2})
+    summary, _ = run(dpo, config, chain.out["sft"])
+    assert summary["loss_first"] == pytest.approx(math.log(2), rel=1e-5)
+    assert summary["accuracy_first"] == 0.0
+    assert summary["accuracy_last"] > 0.5
+
+
+@pytest.fixture
+def with_preferences(upstream, tmp_path) -> Callable[[list[dict[str, Any]]], Path]:
+    def writes(records):
+        corpus = tmp_path / "with_preferences"
+        corpus.mkdir()
+        for name in ("train.npz", "held_out.npz"):
+            (corpus / name).symlink_to(upstream["corpus"] / name)
+        write_jsonl(corpus / "preferences.jsonl", records)
+        return corpus
+
+    return writes
+
+
+def test_dpo_with_given_preferences(chain, run, with_preferences):
+    corpus = with_preferences([tiny_stages.preference(n) for n in range(5)])
+    summary, _ = run(dpo, DPO.model_copy(update={"pairs": 4, "steps": 10}), chain.out["sft"], corpus=corpus)
+    assert summary["pairs"] == 4
+    assert summary["loss_last"] < summary["loss_first"]
+
+
+def test_dpo_needs_pairs_that_differ(chain, run, with_preferences):
+    same = tiny_stages.preference(0)
+    corpus = with_preferences([{**same, "rejected": same["chosen"]}, tiny_stages.preference(1)])
+    with pytest.raises(PreferenceError, match=r"1 of 2 preference pairs.*dpo.batch_size is 2"):
+        run(dpo, DPO, chain.out["sft"], corpus=corpus)
+
+
+# Half precision
+
+
+def test_bfloat16_products_keep_trained_weights_in_float32(run):
+    """The whole way in the default data type, in the process that ran float32 before."""
+    _, student = run(init_from_attention, INIT, compute="bfloat16")
+    kinds = {(".mamba." in n, p.dtype) for n, p in load_pretrained(student).named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    _, student = run(align, ALIGN.model_copy(update={"steps": 2}), student, "bfloat16")
+    kinds = {(".mamba." in n, p.dtype) for n, p in load_pretrained(student).named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    for stage, config in ((kl_distill, KL), (sft, SFT), (dpo, DPO)):
+        summary, student = run(stage, config.model_copy(update={"steps": 2}), student, "bfloat16")
+        assert {p.dtype for p in load_pretrained(student).parameters()} == {torch.float32}
+        assert math.isfinite(summary["loss_last"])
+
+
+def test_training_a_student_without_mixers_is_an_error(run):
+    _, student = run(init_from_attention, INIT.model_copy(update={"attention": "1"}))
+    with pytest.raises(ValueError, match="nothing to train"):
+        run(align, ALIGN, student)
