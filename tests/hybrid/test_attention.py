@@ -67,7 +67,9 @@ def test_grouped_attention_is_attention_over_repeated_keys(heads, groups):
     mask = torch.rand(2, 1, 3, 11, generator=random) < 0.6
     mask[..., 0] = True
     repeated = [t.repeat_interleave(heads // groups, dim=1) for t in (k, v)]
-    torch.testing.assert_close(grouped_attention(q, k, v, mask), scaled_dot_product_attention(q, *repeated, attn_mask=mask))
+    torch.testing.assert_close(
+        grouped_attention(q, k, v, mask), scaled_dot_product_attention(q, *repeated, attn_mask=mask)
+    )
 
 
 def test_layer_is_that_of_transformers():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid import HybridForCausalLM, generate as generate_module
+from hybrid import HybridForCausalLM
+from hybrid import generate as generate_module
 from hybrid.generate import filtered_probabilities, generate
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import VOCAB, greedy, prompts

@@ -32,7 +32,10 @@ def test_sizes_of_the_mixer():
 
 def test_own_format_comes_back(tmp_path):
     config = tiny_hybrid.config(
-        eos_token_ids=(2, 3), rope={"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0}, conv_silu=True, proj_bias=False
+        eos_token_ids=(2, 3),
+        rope={"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0},
+        conv_silu=True,
+        proj_bias=False,
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert HybridConfig.from_folder(tmp_path) == config

@@ -1,7 +1,7 @@
 """The mixer against transformers' Bamba mixer and against the definition of masked linear attention with decay.
 
-Bamba's heads have each their own x; B and C belong to groups, and the norm runs over d_inner / n_groups channels. With as
-many groups as heads every head has its own B and C and its own norm, as here. What is shared here by the heads of a
+Bamba's heads have each their own x; B and C belong to groups, and the norm runs over d_inner / n_groups channels. With
+as many groups as heads every head has its own B and C and its own norm, as here. What is shared here by the heads of a
 key-value group (x and B) is repeated there, row by row of the projection and channel by channel of the convolution:
 
     ours    z (H·P) | x (G·P)           | B (G·N)           | C (H·N) | dt (H)
@@ -93,7 +93,9 @@ def test_gradients_are_bambas():
         given = hidden.clone().requires_grad_()
         (module(given) * weights).sum().backward()
         own = dict(module.named_parameters())
-        gradients.append([given.grad, *(own[n].grad for n in ("A_log", "dt_bias", "D", "norm.weight", "out_proj.weight"))])
+        gradients.append(
+            [given.grad, *(own[n].grad for n in ("A_log", "dt_bias", "D", "norm.weight", "out_proj.weight"))]
+        )
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 

@@ -5,6 +5,7 @@ import torch
 
 from hybrid import load_pretrained
 from hybrid.init_map import from_attention
+from hybrid.model import _positions
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import tokens
 
@@ -70,6 +71,14 @@ def test_packed_is_unpacked(attention):
     for row, lengths in enumerate(orders):
         for part, alone in zip(packed[row].split(lengths), text[row].split(lengths), strict=True):
             torch.testing.assert_close(part, model(alone[None])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_start_anew_with_each_document():
+    """Attention sees only distances, so the logits would hardly show it; far positions would cost precision."""
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 5]])
+    wanted = [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
+    assert _positions(seq_idx, 2, 6, torch.device("cpu")).tolist() == wanted
+    assert _positions(None, 2, 3, torch.device("cpu")).tolist() == [[0, 1, 2]] * 2
 
 
 def test_gradients_of_packed_rows_do_not_leak():

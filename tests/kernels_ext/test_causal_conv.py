@@ -61,7 +61,8 @@ def test_documents_do_not_leak(boundaries):
         seq_idx[:, boundary:] += 1
     edges = [0, *boundaries, length]
     alone = [
-        torch_conv(x[:, a:b], weight, bias, state if a == 0 else None) for a, b in zip(edges[:-1], edges[1:], strict=True)
+        torch_conv(x[:, a:b], weight, bias, state if a == 0 else None)
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
     ]
     torch.testing.assert_close(causal_conv(x, weight, bias, seq_idx, state), torch.cat(alone, dim=1))
 

@@ -12,7 +12,9 @@ BATCH, RATIO, HEADDIM, STATE = 2, 3, 5, 7
 LENGTHS = (1, 63, 65, 130)
 
 
-def problem(length: int, groups: int = 2, device: str = "cpu", headdim: int = HEADDIM, state: int = STATE) -> dict[str, Tensor]:
+def problem(
+    length: int, groups: int = 2, device: str = "cpu", headdim: int = HEADDIM, state: int = STATE
+) -> dict[str, Tensor]:
     """Arguments of the scan in float32; decays between almost none and strong."""
     random = torch.Generator().manual_seed(length * 10 + groups)
     heads = groups * RATIO
@@ -67,7 +69,9 @@ def test_the_recurrence_by_hand():
     """One head, P = N = 1, dt = 1, A = −ln 2: the state halves at each token."""
     x = torch.tensor([8.0, 4.0, 2.0]).view(1, 3, 1, 1)
     ones = torch.ones(1, 3, 1, 1)
-    y, state = ssd_sequential(x, torch.ones(1, 3, 1), -torch.log(torch.tensor([2.0])), ones, 3 * ones, torch.tensor([0.5]))
+    y, state = ssd_sequential(
+        x, torch.ones(1, 3, 1), -torch.log(torch.tensor([2.0])), ones, 3 * ones, torch.tensor([0.5])
+    )
     torch.testing.assert_close(y.flatten(), torch.tensor([24.0 + 4, 24.0 + 2, 18.0 + 1], dtype=torch.float64))
     torch.testing.assert_close(state.flatten(), torch.tensor([6.0], dtype=torch.float64))
 

@@ -93,7 +93,14 @@ def test_the_two_groups_have_their_own_rates():
 def test_is_plain_adamw():
     """Two steps by hand: clipping, schedule, decay."""
     config = TrainConfig(
-        steps=2, batch_size=2, warmup=0.5, mixer_lr=1e-2, rest_lr=1e-3, weight_decay=0.1, grad_clip=0.5, betas=(0.8, 0.9)
+        steps=2,
+        batch_size=2,
+        warmup=0.5,
+        mixer_lr=1e-2,
+        rest_lr=1e-3,
+        weight_decay=0.1,
+        grad_clip=0.5,
+        betas=(0.8, 0.9),
     )
     ours, other = student(), student().requires_grad_()
     summary = train(ours, batches, loss_function, config, context())
@@ -193,7 +200,9 @@ def test_progress_is_told(monkeypatch):
     told = []
     stage = context()
     stage = type(stage)(**{**vars(stage), "progress": told.append})
-    train(student(), batches, lambda m, d: (loss_function(m, d)[0], {"worst": torch.tensor(7.0)}), training.CONFIG, stage)
+    train(
+        student(), batches, lambda m, d: (loss_function(m, d)[0], {"worst": torch.tensor(7.0)}), training.CONFIG, stage
+    )
     assert [p.done for p in told] == list(range(1, 10))
     assert {p.total for p in told} == {9}
     assert set(told[0].figures) == {"loss", "tokens/s", "worst"}

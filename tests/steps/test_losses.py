@@ -139,7 +139,9 @@ def test_unknown_divergence_is_refused_by_name():
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize(("kind", "temperature", "ce_weight"), [("forward", 1, 0), ("reverse", 2, 0.3), ("jsd", 0.7, 1)])
+@pytest.mark.parametrize(
+    ("kind", "temperature", "ce_weight"), [("forward", 1, 0), ("reverse", 2, 0.3), ("jsd", 0.7, 1)]
+)
 def test_kl_loss(batch, kind, temperature, ce_weight, chunk):
     def ours(hidden, head):
         return kl_loss(
@@ -270,7 +272,7 @@ def test_dpo_gradient():
 
 
 def test_dpo_is_trls(tmp_path):
-    """Their loss, with their masks and log-probabilities, on transformers' Llama; ours on the same weights and pairs."""
+    """Their loss with their own masks and log-probabilities, on transformers' Llama; ours on the same weights."""
     from transformers import LlamaForCausalLM
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.utils import add_fused_lm_head
@@ -310,7 +312,8 @@ def test_dpo_is_trls(tmp_path):
         _tp_size=1,
     )
     loss_mask = torch.from_numpy(batch.loss_mask)
-    completion = torch.cat([torch.zeros(6, 1), loss_mask[:, :-1]], dim=1).long()  # of the tokens, not of what they predict
+    # theirs marks the reply's tokens, ours the positions that predict them
+    completion = torch.cat([torch.zeros(6, 1), loss_mask[:, :-1]], dim=1).long()
     inputs = {
         "input_ids": torch.from_numpy(batch.tokens),
         "attention_mask": 1 - torch.from_numpy(batch.seq_idx).long(),
@@ -325,7 +328,9 @@ def test_dpo_is_trls(tmp_path):
     chosen, rejected, ref_chosen, ref_rejected = (
         half
         for model in (ours, other)
-        for half in sequence_log_probability(model.hidden(*arrays[:2]), model.lm_head_weight, arrays[2], loss_mask, 3).chunk(2)
+        for half in sequence_log_probability(
+            model.hidden(*arrays[:2]), model.lm_head_weight, arrays[2], loss_mask, 3
+        ).chunk(2)
     )
     loss, margin = dpo_loss(chosen, rejected, ref_chosen.detach(), ref_rejected.detach(), 0.2)
     loss.backward()
@@ -350,7 +355,14 @@ def test_autocast(batch):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             total = (
                 kl_loss(
-                    hidden, head, batch.teacher, batch.teacher_head, batch.mask, labels=batch.labels, ce_weight=1.0, chunk=4
+                    hidden,
+                    head,
+                    batch.teacher,
+                    batch.teacher_head,
+                    batch.mask,
+                    labels=batch.labels,
+                    ce_weight=1.0,
+                    chunk=4,
                 )
                 + ce_loss(hidden, head, batch.labels, batch.mask, 4)
                 - sequence_log_probability(hidden, head, batch.labels, batch.mask, 4).mean()

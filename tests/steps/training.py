@@ -15,8 +15,8 @@ from torch import Tensor
 from hybrid import HybridForCausalLM
 from stage_store import Checkpoints, Store
 from steps.config import TrainConfig
-from steps.losses import ce_loss
 from steps.loop import MicroBatch, train
+from steps.losses import ce_loss
 from steps.stage import StageContext
 from tests.hybrid import tiny_hybrid
 
