@@ -11,7 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
 
-# Up to this many new tokens over a cache, reading each key once beats the fused kernels that want one key per query head.
+# Up to this many new tokens over a cache, reading each key once beats the fused kernels that want one key per query
+# head.
 DECODE_LENGTH = 16
 
 
@@ -73,7 +74,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     def forward(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, slots: Tensor | None
+        self,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        slots: Tensor | None,
     ) -> Tensor:
         """hidden (B, L, d_model) → (B, L, d_model).
 

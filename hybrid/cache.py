@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hybrid.config import HybridConfig
 
+if TYPE_CHECKING:
+    from hybrid.model import HybridForCausalLM
+
 
 @dataclass
 class KVCache:
-    """Keys and values of one attention layer: (B, n_kv_heads, max_length, head_dim). Entries at and after a row's length
+    """Keys and values of one attention layer: (B, n_kv_heads, max_length, head_dim). Entries at and after a row's
+    length
     are stale and never read, so rolling back needs no copy."""
 
     k: Tensor
@@ -52,7 +57,9 @@ class HybridCache:
             if layer in attention:
                 shape = (batch, config.n_kv_heads, max_length, config.head_dim)
                 self.layers.append(
-                    KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+                    KVCache(
+                        torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+                    )
                 )
             else:
                 self.layers.append(
@@ -66,20 +73,23 @@ class HybridCache:
         self.lengths = self.lengths + counts
         self.last_counts = counts
 
-    def rollback(self, model: torch.nn.Module, forget: Tensor) -> None:
+    def rollback(self, model: HybridForCausalLM, forget: Tensor) -> None:
         """Forget the last `forget[b]` tokens of row b; at most those of the last call (ValueError otherwise)."""
         if bool((forget > self.last_counts).any()) or bool((forget < 0).any()):
-            raise ValueError(f"cannot forget {forget.tolist()} tokens: the last call appended {self.last_counts.tolist()}")
+            raise ValueError(
+                f"cannot forget {forget.tolist()} tokens: the last call appended {self.last_counts.tolist()}"
+            )
         keep = self.last_counts - forget
         self.lengths = self.lengths - forget
         self.last_counts = keep
-        for layer, state in zip(model.model.layers, self.layers, strict=True):
+        for layer, state in zip(model.blocks, self.layers, strict=True):
             if isinstance(state, SSMCache):
                 layer.mamba.replay(state, keep)
 
 
 def cache_bytes(config: HybridConfig, batch: int, context: int, itemsize: int = 2) -> dict[str, int]:
-    """Bytes of decoding state by kind: keys and values grow with the context, the rest does not. SSM states are float32."""
+    """Bytes of decoding state by kind: keys and values grow with the context, the rest does not. SSM states are
+    float32."""
     n_attention, n_mamba = len(config.attention_layers), len(config.mamba_layers)
     return {
         "kv": batch * n_attention * 2 * config.d_xb * context * itemsize,

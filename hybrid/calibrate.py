@@ -1,6 +1,7 @@
 """Closed-form start: every mixer's out_proj by ridge regression onto the attention that it replaces.
 
-With F (T, d_inner) what enters out_proj and O (T, d_model) the attention's output over T tokens of the teacher's own pass,
+With F (T, d_inner) what enters out_proj and O (T, d_model) the attention's output over T tokens of the teacher's own
+pass,
 W = argmin ‖F Wᵀ − O‖² + λ‖W‖², from the normal equations. No gradient, one pass, all layers at once.
 """
 
@@ -38,7 +39,7 @@ def calibrate_out_proj(
             teacher.hidden(tokens, seq_idx)
             for i in layers:
                 given, wanted = taps[i]
-                features = student.model.layers[i].mamba.features(given, seq_idx).float().flatten(0, 1)  # (T, d_inner)
+                features = student.blocks[i].mamba.features(given, seq_idx).float().flatten(0, 1)  # (T, d_inner)
                 target = wanted.float().flatten(0, 1)
                 with torch.autocast(device.type, enabled=False):
                     gram[i] += features.T @ features
@@ -49,7 +50,7 @@ def calibrate_out_proj(
         weight = solve_ridge(gram[i], cross[i], ridge)
         residual = energy[i] - 2 * (weight * cross[i]).sum() + (weight * (gram[i] @ weight)).sum()
         errors[i] = float(residual / energy[i])
-        out_proj = student.model.layers[i].mamba.out_proj
+        out_proj = student.blocks[i].mamba.out_proj
         out_proj.weight.copy_(weight.T)
     return errors
 

@@ -26,7 +26,8 @@ FLOAT32 = ("A_log", "dt_bias", "D")
 def load_pretrained(folder: Path | str, device: str = "cpu", dtype: torch.dtype | None = None) -> HybridForCausalLM:
     """A teacher (transformers' Llama layout) or a student; weights keep the file's types unless `dtype` is given.
 
-    A_log, dt_bias and D stay float32 in any case. Raises FileNotFoundError, UnsupportedModel or, where names or shapes do not
+    A_log, dt_bias and D stay float32 in any case. Raises FileNotFoundError, UnsupportedModel or, where names or
+    shapes do not
     fit, ValueError.
     """
     folder = Path(folder)
@@ -44,7 +45,9 @@ def load_pretrained(folder: Path | str, device: str = "cpu", dtype: torch.dtype 
     missing, surplus = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if missing or surplus:
         raise ValueError(f"{folder}: weights missing {sorted(missing)[:3]}, not expected {sorted(surplus)[:3]}")
-    wrong = [f"{n} {tuple(weights[n].shape)} instead of {tuple(s)}" for n, s in expected.items() if weights[n].shape != s]
+    wrong = [
+        f"{n} {tuple(weights[n].shape)} instead of {tuple(s)}" for n, s in expected.items() if weights[n].shape != s
+    ]
     if wrong:
         raise ValueError(f"{folder}: weights of another shape than config.json says: {'; '.join(wrong[:3])}")
     model.load_state_dict(weights, assign=True)

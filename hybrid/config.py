@@ -76,8 +76,9 @@ class HybridConfig:
         """From this project's config.json or from a transformers Llama one; anything else is refused by name."""
         if raw.get("model_type") == MODEL_TYPE:
             known = {f.name for f in fields(cls)}
-            values = {k: v for k, v in raw.items() if k in known}
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            values: dict[str, Any] = {k: v for k, v in raw.items() if k in known}
+            values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+            return cls(**values)
         return cls._from_llama(raw)
 
     @classmethod
@@ -88,7 +89,8 @@ class HybridConfig:
     def _from_llama(cls, raw: dict[str, Any]) -> HybridConfig:
         if raw.get("model_type") != "llama":
             raise UnsupportedModel(
-                f"model_type {raw.get('model_type')!r} is not supported; supported: 'llama' and this project's {MODEL_TYPE!r}"
+                f"model_type {raw.get('model_type')!r} is not supported; "
+                f"supported: 'llama' and this project's {MODEL_TYPE!r}"
             )
         for flag in ("attention_bias", "mlp_bias"):
             if raw.get(flag):

@@ -1,6 +1,7 @@
 """From attention to Mamba: the one map q→C, k→B, v→x, o→out_proj (2408.15237 §2.2, Algorithm 1).
 
-Everything that attention does not have (gate z, convolution, dt, A, D, norm) is drawn as the method says; everything that is
+Everything that attention does not have (gate z, convolution, dt, A, D, norm) is drawn as the method says; everything
+that is
 no mixer (embeddings, MLP, norms, kept attention) is the teacher's own.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid.attention import Attention
 from hybrid.config import HybridConfig
@@ -49,12 +50,17 @@ def from_attention(
 ) -> HybridForCausalLM:
     """A student with mixers in all layers but `attention_layers`; shares no tensor with the teacher.
 
-    `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU on x, B, C, A ~ U(1, 16), as the released code.
-    `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times gate_scale, A spread
+    `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU on x, B, C, A ~ U(1, 16), as the released
+    code.
+    `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times gate_scale,
+    A spread
     geometrically over [a_min, a_max]. In both dt_bias puts dt log-uniform in [1e-3, 0.1]. Mixers are float32.
     """
     config = replace(
-        teacher.config, attention_layers=tuple(attention_layers), conv_silu=method == "paper", proj_bias=method != "paper"
+        teacher.config,
+        attention_layers=tuple(attention_layers),
+        conv_silu=method == "paper",
+        proj_bias=method != "paper",
     )
     with torch.device("meta"):
         student = HybridForCausalLM(config)
@@ -66,8 +72,8 @@ def from_attention(
         for layer in config.mamba_layers:
             mixer = Mamba2Mixer(config)
             _init_new_parts(mixer, config, method, gate_bias, gate_scale, a_min, a_max)
-            copy_projections(teacher.model.layers[layer].self_attn, mixer)
-            student.model.layers[layer].mamba = mixer.to(teacher.device)
+            copy_projections(teacher.blocks[layer].self_attn, mixer)
+            student.blocks[layer].mamba = mixer.to(teacher.device)
     student.inv_freq = teacher.inv_freq.clone()
     verify(teacher, student)
     return student.requires_grad_(False).eval()
@@ -85,7 +91,7 @@ def verify(teacher: HybridForCausalLM, student: HybridForCausalLM) -> None:
     """Raises RuntimeError unless every copied weight equals its source: a silent miss has cost others whole runs."""
     rows = in_proj_rows(student.config)
     for layer in student.config.mamba_layers:
-        attention, mixer = teacher.model.layers[layer].self_attn, student.model.layers[layer].mamba
+        attention, mixer = teacher.blocks[layer].self_attn, student.blocks[layer].mamba
         for source, copied in (
             (attention.q_proj.weight, mixer.in_proj.weight[rows["C"]]),
             (attention.k_proj.weight, mixer.in_proj.weight[rows["B"]]),
@@ -93,7 +99,9 @@ def verify(teacher: HybridForCausalLM, student: HybridForCausalLM) -> None:
             (attention.o_proj.weight, mixer.out_proj.weight),
         ):
             if not torch.equal(source.to(copied), copied):
-                raise RuntimeError(f"layer {layer}: a projection of the mixer differs from the attention it was copied from")
+                raise RuntimeError(
+                    f"layer {layer}: a projection of the mixer differs from the attention it was copied from"
+                )
     theirs = dict(teacher.named_parameters())
     for name, ours in student.named_parameters():
         if ".mamba." not in name and not torch.equal(theirs[name], ours):
@@ -119,11 +127,12 @@ def _init_new_parts(
     rows = in_proj_rows(config)
     mixer.A_log.copy_(torch.linspace(math.log(a_min), math.log(a_max), heads))
     mixer.in_proj.weight[rows["z"]] *= gate_scale
-    nn.init.zeros_(mixer.in_proj.bias)
+    mixer.in_proj.bias.zero_()
     mixer.in_proj.bias[rows["z"]] = gate_bias
-    nn.init.zeros_(mixer.conv1d.weight)
+    mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0
-    nn.init.zeros_(mixer.conv1d.bias)
+    assert mixer.conv1d.bias is not None
+    mixer.conv1d.bias.zero_()
 
 
 def inverse_softplus(y: Tensor) -> Tensor:

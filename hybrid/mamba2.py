@@ -1,4 +1,5 @@
-"""Mamba-2 mixer with attention's grouping: C and dt by head, x and B by key-value group (2408.15237 §2, Algorithm 1)."""
+"""Mamba-2 mixer with attention's grouping: C and dt by head, x and B by key-value group (2408.15237 §2, Algorithm
+1)."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class Mamba2Mixer(nn.Module):
         cache: SSMCache | None = None,
         counts: Tensor | None = None,
     ) -> Tensor:
-        """What enters out_proj: (B, L, d_inner). With a cache, tokens at and after counts (B,) of a row leave no trace."""
+        """What enters out_proj: (B, L, d_inner). With a cache, tokens at and after counts (B,) of a row leave no
+        trace."""
         z, xBC, dt = self.in_proj(hidden).split(self.sections, dim=-1)
         dt = softplus(dt.float() + self.dt_bias)  # (B, L, H)
         conv_weight = self.conv1d.weight.squeeze(1)
@@ -86,7 +88,8 @@ class Mamba2Mixer(nn.Module):
         return self.norm(y.flatten(-2), z)
 
     def replay(self, cache: SSMCache, keep: Tensor) -> None:
-        """Set the state to what it was after the first `keep[b]` tokens of the last call: dt = 0 is the identity step."""
+        """Set the state to what it was after the first `keep[b]` tokens of the last call: dt = 0 is the identity
+        step."""
         assert cache.window is not None and cache.base is not None
         convolved, dt, inputs = cache.window
         _, cache.state = self._scan(convolved, dt * _live(dt, keep), None, cache.base)
@@ -101,7 +104,9 @@ class Mamba2Mixer(nn.Module):
             C.unflatten(-1, (config.n_heads, config.head_dim)),
         )
 
-    def _scan(self, convolved: Tensor, dt: Tensor, seq_idx: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scan(
+        self, convolved: Tensor, dt: Tensor, seq_idx: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         x, B, C = self._split(convolved)
         return dispatch.ssd(x.device.type)(x, dt, -torch.exp(self.A_log), B, C, self.D, seq_idx, state)
 

@@ -1,10 +1,14 @@
 """`HybridForCausalLM`: a Llama in which some layers mix tokens by Mamba-2 instead of attention.
 
-One class is trained, scored and decoded with. Weight names are those of transformers' Llama, and `mamba.*` where a layer's
+One class is trained, scored and decoded with. Weight names are those of transformers' Llama, and `mamba.*` where a
+layer's
 attention was replaced, so a teacher's safetensors load as they are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +46,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is `self_attn` or `mamba`."""
 
+    self_attn: Attention
+    mamba: Mamba2Mixer
+
     def __init__(self, config: HybridConfig, is_attention: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
@@ -52,10 +59,6 @@ class Block(nn.Module):
         else:
             self.mamba = Mamba2Mixer(config)
         self.is_attention = is_attention
-
-    @property
-    def mixer(self) -> nn.Module:
-        return self.self_attn if self.is_attention else self.mamba
 
 
 class Backbone(nn.Module):
@@ -68,6 +71,8 @@ class Backbone(nn.Module):
 
 
 class HybridForCausalLM(nn.Module):
+    inv_freq: Tensor
+
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         self.config = config
@@ -75,6 +80,10 @@ class HybridForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        return cast(Sequence[Block], self.model.layers)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -109,9 +118,12 @@ class HybridForCausalLM(nn.Module):
         """Output of the final norm, (B, L, d_model).
 
         seq_idx (B, L): document number of each token of a packed row; documents see nothing of each other and positions
-        start anew. With a cache, row b appends counts[b] ≤ L tokens (all L if None); rows are right-padded, padding is inert.
+        start anew. With a cache, row b appends counts[b] ≤ L tokens (all L if None); rows are right-padded, padding
+        is inert.
         """
         batch, length = tokens.shape
+        mask: Tensor | None
+        slots: Tensor | None
         if cache is not None:
             if seq_idx is not None:
                 raise ValueError("packed rows (seq_idx) cannot be decoded with a cache: give each document its own row")
@@ -119,10 +131,11 @@ class HybridForCausalLM(nn.Module):
                 counts = torch.full((batch,), length, device=tokens.device)
             mask, slots, positions = _cached_positions(cache, length)
         else:
-            mask, slots, positions = *_packed_mask(seq_idx), _positions(seq_idx, batch, length, tokens.device)
+            mask, slots = _packed_mask(seq_idx), None
+            positions = _positions(seq_idx, batch, length, tokens.device)
         x = embedding(tokens, self.model.embed_tokens.weight)
         rope = rope_tables(self.inv_freq, positions, x.dtype)
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.blocks):
             state = None if cache is None else cache.layers[index]
             normed = layer.input_layernorm(x)
             if layer.is_attention:
@@ -153,12 +166,12 @@ def _positions(seq_idx: Tensor | None, batch: int, length: int, device: torch.de
     return index - torch.where(is_start, index, 0).cummax(dim=1).values
 
 
-def _packed_mask(seq_idx: Tensor | None) -> tuple[Tensor | None, None]:
+def _packed_mask(seq_idx: Tensor | None) -> Tensor | None:
     """(B, 1, L, L) causal within documents; None (plain causal) for unpacked rows."""
     if seq_idx is None:
-        return None, None
+        return None
     same = seq_idx[:, None, :, None] == seq_idx[:, None, None, :]
-    return same & torch.ones_like(same[0, 0]).tril(), None
+    return same & torch.ones_like(same[0, 0]).tril()
 
 
 def _cached_positions(cache: HybridCache, length: int) -> tuple[Tensor, Tensor, Tensor]:

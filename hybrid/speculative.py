@@ -1,7 +1,9 @@
 """Chain speculation with exact greedy acceptance (Leviathan et al., 2211.17192, at temperature 0).
 
-A draft proposes up to K tokens, one call of the model scores them all, the longest prefix that greedy decoding would have
-produced is kept together with the model's own next token, and the cache is rolled back over the rest. The output is that of
+A draft proposes up to K tokens, one call of the model scores them all, the longest prefix that greedy decoding would
+have
+produced is kept together with the model's own next token, and the cache is rolled back over the rest. The output is
+that of
 plain greedy decoding, whatever the draft.
 """
 
@@ -57,7 +59,8 @@ class NGramDraft:
 class SpeculationStats:
     """Counts of one decoding, of one row or added over many.
 
-    proposed, accepted: by draft position. emitted: tokens out of each verification, in order. seconds: decoding without prefill.
+    proposed, accepted: by draft position. emitted: tokens out of each verification, in order. seconds: decoding
+    without prefill.
     """
 
     proposed: list[int] = field(default_factory=list)
@@ -120,8 +123,8 @@ def generate_speculative(
         if any(forget):
             cache.rollback(model, torch.tensor(forget, device=device))
     seconds = time.perf_counter() - began
-    for row in stats:
-        row.seconds = seconds
+    for one in stats:
+        one.seconds = seconds
     return replies, stats
 
 

@@ -12,7 +12,8 @@ from hybrid.model import HybridForCausalLM
 
 @contextmanager
 def attention_taps(teacher: HybridForCausalLM, layers: Iterable[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Inside the block, every pass of the teacher leaves layer → (normed input, attention output), both (B, L, d_model)."""
+    """Inside the block, every pass of the teacher leaves layer → (normed input, attention output), both (B, L,
+    d_model)."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def recorder(layer: int):
@@ -21,7 +22,7 @@ def attention_taps(teacher: HybridForCausalLM, layers: Iterable[int]) -> Iterato
 
         return record
 
-    handles = [teacher.model.layers[i].self_attn.register_forward_hook(recorder(i)) for i in layers]
+    handles = [teacher.blocks[i].self_attn.register_forward_hook(recorder(i)) for i in layers]
     try:
         yield seen
     finally:

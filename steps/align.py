@@ -19,7 +19,8 @@ from steps.students import TokenBatch, load_student, load_teacher, measure, save
 
 
 def run(config: AlignConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    """Mean over mixers of the relative squared error; each sees the teacher's own hidden states, so layers are independent."""
+    """Mean over mixers of the relative squared error; each sees the teacher's own hidden states, so layers are
+    independent."""
     teacher, student = load_teacher(inputs, context), load_student(inputs, context)
     layers = student.config.mamba_layers
     with attention_taps(teacher, layers) as taps:
@@ -30,10 +31,12 @@ def run(config: AlignConfig, inputs: Mapping[str, Path], out: Path, context: Sta
             losses = []
             for layer in layers:
                 given, wanted = taps[layer]
-                losses.append(align_loss(model.model.layers[layer].mamba(given, batch.seq_idx), wanted))
+                losses.append(align_loss(model.blocks[layer].mamba(given, batch.seq_idx), wanted))
             stacked = torch.stack(losses)
             return stacked.mean(), {"worst layer": stacked.detach().max()}
 
-        summary = train(student, token_batches(inputs["corpus"] / "train.npz", config, context), loss_function, config, context)
+        summary = train(
+            student, token_batches(inputs["corpus"] / "train.npz", config, context), loss_function, config, context
+        )
     save_student(student, inputs, out)
     return {**summary, "held_out": measure(teacher, student, inputs, context)}

@@ -1,4 +1,5 @@
-"""Stage: direct preference optimisation against the teacher (2408.15237 §3, eq. 3–4) or against the student as it was."""
+"""Stage: direct preference optimisation against the teacher (2408.15237 §3, eq. 3–4) or against the student as it
+was."""
 
 from __future__ import annotations
 
@@ -17,15 +18,16 @@ from corpora.shards import Shard
 from hybrid import HybridForCausalLM
 from hybrid.generate import generate
 from steps.config import DPOConfig
-from steps.loop import BatchSource, MicroBatch, train
+from steps.loop import BatchSource, MicroBatch, autocast, train
 from steps.losses import dpo_loss, sequence_log_probability
 from steps.stage import StageContext
-from steps.students import autocast_type, load_student, load_teacher, measure, save_student
+from steps.students import load_student, load_teacher, measure, save_student
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """P pairs: rows 0 … P−1 chosen, P … 2P−1 rejected, all (2P, L); reference (2P,) log-probabilities of the replies."""
+    """P pairs: rows 0 … P−1 chosen, P … 2P−1 rejected, all (2P, L); reference (2P,) log-probabilities of the
+    replies."""
 
     tokens: Tensor
     seq_idx: Tensor
@@ -44,7 +46,8 @@ def run(config: DPOConfig, inputs: Mapping[str, Path], out: Path, context: Stage
     def loss_function(model: HybridForCausalLM, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = reply_log_probabilities(model, batch)
         chosen, rejected = policy.chunk(2)
-        loss, margins = dpo_loss(chosen, rejected, *batch.reference.chunk(2), config.beta)
+        reference_chosen, reference_rejected = batch.reference.chunk(2)
+        loss, margins = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, config.beta)
         return loss, {"accuracy": (margins > 0).float().mean(), "margin": margins.mean()}
 
     before = _accuracy(student, batches, len(pairs), config, context)
@@ -82,7 +85,8 @@ def _pairs(
     usable = [pair for pair in pairs if pair.informative]
     if len(usable) < config.batch_size:
         raise preferences.PreferenceError(
-            f"{len(usable)} of {len(pairs)} preference pairs have two different replies; dpo.batch_size is {config.batch_size}"
+            f"{len(usable)} of {len(pairs)} preference pairs have two different replies; "
+            f"dpo.batch_size is {config.batch_size}"
         )
     return usable
 
@@ -98,7 +102,7 @@ def _self_made_pairs(
     order = np.random.default_rng(context.seed).permutation(len(prompts))[: config.pairs]
     prompts = [prompts[i] for i in order]
     replies: dict[str, list[list[int]]] = {"teacher": [], "student": []}
-    with torch.autocast(context.device, autocast_type(context), enabled=autocast_type(context) is not None):
+    with autocast(context):
         for start in range(0, len(prompts), config.generation_batch):
             part = [list(tokens) for _, tokens in prompts[start : start + config.generation_batch]]
             for name, model in (("teacher", teacher), ("student", student)):
@@ -120,12 +124,14 @@ def _batches(
 
     def collated(chosen: Sequence[PreferencePair]) -> PairBatch:
         batch = preferences.collate(chosen, pad)
-        arrays = (batch.tokens, batch.seq_idx, batch.targets, batch.loss_mask)
-        tensors = [torch.from_numpy(a).to(context.device) for a in arrays]
-        return PairBatch(*tensors, reference=torch.zeros(2 * len(chosen), device=context.device))
+        arrays = (batch.tokens, batch.seq_idx, batch.targets, batch.loss_mask, np.zeros(len(batch.tokens), np.float32))
+        return PairBatch(*(torch.from_numpy(a).to(context.device) for a in arrays))
 
     known: dict[int, tuple[float, float]] = {}
-    with torch.no_grad(), torch.autocast(context.device, autocast_type(context), enabled=autocast_type(context) is not None):
+    with (
+        torch.no_grad(),
+        autocast(context),
+    ):
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
             better, worse = reply_log_probabilities(reference, collated(part)).chunk(2)
@@ -144,11 +150,13 @@ def _batches(
 
 
 @torch.no_grad()
-def _accuracy(model: HybridForCausalLM, batches: BatchSource, pairs: int, config: DPOConfig, context: StageContext) -> float:
+def _accuracy(
+    model: HybridForCausalLM, batches: BatchSource, pairs: int, config: DPOConfig, context: StageContext
+) -> float:
     """Share of pairs whose chosen reply gains more over the reference than the rejected one, over one epoch."""
     size = config.batch_size // config.accumulation
     won = []
-    with torch.autocast(context.device, autocast_type(context), enabled=autocast_type(context) is not None):
+    with autocast(context):
         for number in range(max(1, pairs // size)):
             data = batches(number).data
             chosen, rejected = (reply_log_probabilities(model, data) - data.reference).chunk(2)

@@ -23,7 +23,7 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
     """Summary: layers kept and replaced, relative error by layer, and the KL that each initialisation starts from."""
     teacher = load_teacher(inputs, context)
     kept = attention_layers(config.attention, teacher.config.n_layers)
-    start = {}
+    start: dict[str, dict[str, float]] = {}
 
     def build(method: Method) -> HybridForCausalLM:
         return from_attention(
@@ -37,8 +37,9 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
             seed=context.seed,
         )
 
-    student = build("copy" if config.method == "calibrated" else config.method)
-    start[config.method if config.method != "calibrated" else "copy"] = measure(teacher, student, inputs, context)
+    copied: Method = "paper" if config.method == "paper" else "copy"
+    student = build(copied)
+    start[copied] = measure(teacher, student, inputs, context)
     errors: dict[int, float] = {}
     if config.method == "calibrated":
         if student.config.mamba_layers:
@@ -60,7 +61,9 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
     }
 
 
-def _batches(config: InitStageConfig, inputs: Mapping[str, Path], context: StageContext) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    config: InitStageConfig, inputs: Mapping[str, Path], context: StageContext
+) -> Iterator[tuple[Tensor, Tensor]]:
     blocks = PackedBlocks(Shard.load(inputs["corpus"] / "train.npz"), config.seq_len, context.seed)
     for number in range(max(1, config.tokens // (config.batch_size * config.seq_len))):
         batch = blocks.batch(number, config.batch_size)

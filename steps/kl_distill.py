@@ -37,6 +37,8 @@ def run(config: KLConfig, inputs: Mapping[str, Path], out: Path, context: StageC
         )
         return loss, {}
 
-    summary = train(student, token_batches(inputs["corpus"] / "train.npz", config, context), loss_function, config, context)
+    summary = train(
+        student, token_batches(inputs["corpus"] / "train.npz", config, context), loss_function, config, context
+    )
     save_student(student, inputs, out)
     return {**summary, "held_out": measure(teacher, student, inputs, context)}

@@ -54,7 +54,11 @@ LossFunction = Callable[[HybridForCausalLM, Any], tuple[Tensor, dict[str, Tensor
 
 
 def train(
-    model: HybridForCausalLM, batches: BatchSource, loss_function: LossFunction, config: TrainConfig, context: StageContext
+    model: HybridForCausalLM,
+    batches: BatchSource,
+    loss_function: LossFunction,
+    config: TrainConfig,
+    context: StageContext,
 ) -> dict[str, Any]:
     """Train `model` in place for config.steps optimiser steps; returns the summary for the manifest.
 
@@ -85,11 +89,12 @@ def train(
     if context.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     while state.step < config.steps:
-        losses, figures = [], {}
+        losses: list[Tensor] = []
+        figures: dict[str, Tensor] = {}
         for micro in range(config.accumulation):
             batch = batches(state.step * config.accumulation + micro)
             with accelerator.accumulate(model):
-                with torch.autocast(context.device, torch.bfloat16, enabled=context.compute == "bfloat16"):
+                with autocast(context):
                     loss, figures = loss_function(model, batch.data)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -111,8 +116,14 @@ def train(
     return watch.summary(sum(p.numel() for p in trained.values()))
 
 
+def autocast(context: StageContext) -> torch.autocast:
+    """Products in context.compute, weights as they are."""
+    return torch.autocast(context.device, torch.bfloat16, enabled=context.compute == "bfloat16")
+
+
 def select_parameters(model: HybridForCausalLM, config: TrainConfig) -> list[tuple[float, dict[str, Tensor]]]:
-    """[(rate, name → parameter)] for mixers and for the rest; trained ones become float32, frozen ones stay as they are."""
+    """[(rate, name → parameter)] for mixers and for the rest; trained ones become float32, frozen ones stay as they
+    are."""
     groups: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
     for name, parameter in model.named_parameters():
         is_mixer = ".mamba." in name
@@ -188,7 +199,9 @@ class _Watch:
     def _fail(self, what: str, step: int, documents: tuple[str, ...]) -> None:
         saved = f"step {self.last_checkpoint}" if self.last_checkpoint else "none"
         shown = ", ".join(documents[:8]) + (f" and {len(documents) - 8} more" if len(documents) > 8 else "")
-        raise TrainingFailed(f"{what} at step {step} of {self.config.steps}; documents: {shown}; last good checkpoint: {saved}")
+        raise TrainingFailed(
+            f"{what} at step {step} of {self.config.steps}; documents: {shown}; last good checkpoint: {saved}"
+        )
 
     def _report(self) -> None:
         now = time.perf_counter()

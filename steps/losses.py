@@ -1,7 +1,9 @@
 """Losses as plain functions. Every reduction is a mean over the tokens (or pairs) that count; KL and CE are in nats.
 
-Divergences and cross entropy work on hidden states and the output head, chunk by chunk: of the logits (T, V) only `chunk` rows
-exist at a time, and their gradient is turned into that of the hidden states (and of the head) at once, so nothing of size
+Divergences and cross entropy work on hidden states and the output head, chunk by chunk: of the logits (T, V) only
+`chunk` rows
+exist at a time, and their gradient is turned into that of the hidden states (and of the head) at once, so nothing of
+size
 T·V is ever kept, in any precision.
 """
 
@@ -30,11 +32,13 @@ def align_loss(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Te
     return difference.sum() / energy.sum().clamp(min=1e-12)
 
 
-def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: Divergence = "forward", temperature: float = 1.0) -> Tensor:
+def divergence(
+    student_logits: Tensor, teacher_logits: Tensor, kind: Divergence = "forward", temperature: float = 1.0
+) -> Tensor:
     """Per-token divergence (T,) between softmax(teacher / τ) = p and softmax(student / τ) = q, times τ².
 
-    forward Σ p log(p/q), reverse Σ q log(q/p), jsd ½ KL(p‖m) + ½ KL(q‖m) with m = (p + q)/2. The factor τ² keeps gradients of
-    one size (Hinton et al. 2015 §2). Logits (T, V) in float32.
+    forward Σ p log(p/q), reverse Σ q log(q/p), jsd ½ KL(p‖m) + ½ KL(q‖m) with m = (p + q)/2. The factor τ² keeps
+    gradients of     one size (Hinton et al. 2015 §2). Logits (T, V) in float32.
     """
     log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
     log_q = torch.log_softmax(student_logits / temperature, dim=-1)
@@ -119,7 +123,8 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor]:
     """−log σ(β·margin), mean over pairs (2305.18290 eq. 7; 2408.15237 eq. 4), and the margins (B,), detached.
 
-    margin = (log π(y_w) − log ref(y_w)) − (log π(y_l) − log ref(y_l)); every argument (B,) is a sequence log-probability.
+    margin = (log π(y_w) − log ref(y_w)) − (log π(y_l) − log ref(y_l));
+    every argument (B,) is a sequence log-probability.
     """
     margin = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     return -logsigmoid(beta * margin).mean(), margin.detach()
@@ -145,7 +150,9 @@ class _ChunkedHead(torch.autograd.Function):
     """Linear head and loss with gradients taken in the forward pass, so that a chunk's logits die with the chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor], chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor], chunk: int
+    ) -> Tensor:
         compute = _compute_type(hidden)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         weight = head.detach().to(compute)

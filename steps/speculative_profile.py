@@ -1,4 +1,5 @@
-"""Stage: speculative decoding of the student, K from 0 (plain) upwards, with the output checked against plain greedy."""
+"""Stage: speculative decoding of the student, K from 0 (plain) upwards, with the output checked against plain
+greedy."""
 
 from __future__ import annotations
 
@@ -27,17 +28,21 @@ class ProfileError(RuntimeError):
 
 
 def run(config: SpeculativeConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    """Batch one, greedy, in float32: with half-precision logits ties are frequent and greedy itself is not well defined.
+    """Batch one, greedy, in float32: with half-precision logits ties are frequent and greedy itself is not well
+    defined.
 
-    Writes profile.json: for every K acceptance (whole and by position), tokens per verification with 95 % interval (bootstrap
-    over prompts), tokens per second, speed-up over K = 0 of the same engine, and whether all outputs equal plain greedy.
+    Writes profile.json: for every K acceptance (whole and by position), tokens per verification with 95 % interval
+    (bootstrap
+    over prompts), tokens per second, speed-up over K = 0 of the same engine, and whether all outputs equal plain
+    greedy.
     """
     student = load_pretrained(inputs["student"], context.device, torch.float32)
     prompts = _prompts(inputs["corpus"], config.prompts, context.seed)
     plain = [generate(student, [prompt], config.new_tokens)[0] for prompt in prompts]
     if all(len(reply) < 2 for reply in plain):
         raise ProfileError(
-            f"no reply to {len(prompts)} prompts has a second token (speculative_profile.new_tokens is {config.new_tokens}), "
+            f"no reply to {len(prompts)} prompts has a second token "
+            f"(speculative_profile.new_tokens is {config.new_tokens}), "
             "so nothing is decoded speculatively; switch the stage off or train the student longer"
         )
     rows: list[dict[str, Any]] = []
@@ -47,7 +52,9 @@ def run(config: SpeculativeConfig, inputs: Mapping[str, Path], out: Path, contex
         row["speedup"] = row["tokens_per_second"] / rows[0]["tokens_per_second"] if rows else 1.0
         rows.append(row)
         rate = len(rows) / sum(s.seconds for s in stats) if stats else 0.0
-        context.progress(Progress(k + 1, config.max_k + 1, "K", rate, {"tokens/verification": row["tokens_per_verification"]}))
+        context.progress(
+            Progress(k + 1, config.max_k + 1, "K", rate, {"tokens/verification": row["tokens_per_verification"]})
+        )
     best = max(rows, key=lambda r: r["tokens_per_second"] if r["identical_to_greedy"] else 0.0)
     profile = {
         "draft": config.draft,

@@ -43,7 +43,8 @@ class Progress:
 
     def __str__(self) -> str:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-        return f"{self.done}/{self.total} {self.unit}  {self.rate:.3g} {self.unit}/s  {self.seconds_left:.0f} s left  {figures}"
+        pace = f"{self.rate:.3g} {self.unit}/s  {self.seconds_left:.0f} s left"
+        return f"{self.done}/{self.total} {self.unit}  {pace}  {figures}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from corpora.shards import Shard
 from evals.fidelity import quick_fidelity
 from hybrid import HybridForCausalLM, load_pretrained, save_pretrained
 from steps.config import TrainConfig
-from steps.loop import BatchSource, MicroBatch
+from steps.loop import BatchSource, MicroBatch, autocast
 from steps.stage import StageContext
 
 MEASURED_CONVERSATIONS = 8
@@ -52,7 +52,8 @@ def load_student(inputs: Mapping[str, Path], context: StageContext) -> HybridFor
 
 
 def token_batches(shard: Path, config: TrainConfig, context: StageContext, mask: str = "loss_mask") -> BatchSource:
-    """Micro-batches of packed blocks; `mask` names the field of `corpora.packing.Batch` that says which tokens count."""
+    """Micro-batches of packed blocks; `mask` names the field of `corpora.packing.Batch` that says which tokens
+    count."""
     blocks = PackedBlocks(Shard.load(shard), config.seq_len, context.seed)
     size = config.batch_size // config.accumulation
 
@@ -69,7 +70,7 @@ def measure(
     teacher: HybridForCausalLM, student: HybridForCausalLM, inputs: Mapping[str, Path], context: StageContext
 ) -> dict[str, float]:
     """KL to the teacher (nats per token) and top-1 agreement on a few held-out conversations."""
-    with torch.autocast(context.device, autocast_type(context), enabled=autocast_type(context) is not None):
+    with autocast(context):
         return quick_fidelity(
             teacher,
             student,

@@ -16,7 +16,8 @@ def causal_conv(
 ) -> Tensor:
     """y_t = bias + Σ_k weight_k · x_{t−W+1+k}, channel by channel; taps never cross a document's start.
 
-    x (B, L, C); weight (C, W); bias (C,); seq_idx (B, L). initial_state (B, W−1, C) holds the inputs before the first token,
+    x (B, L, C); weight (C, W); bias (C,); seq_idx (B, L). initial_state (B, W−1, C) holds the inputs before the first
+    token,
     of its document; zeros if None. Returns (B, L, C) in x's type.
     """
     batch, length, channels = x.shape

@@ -5,7 +5,8 @@ For head h of group g = h // R, with a_t = dt_t·A ≤ 0:
     S_t = exp(a_t)·S_{t−1} + dt_t · x_t ⊗ B_t        (P, N)
     y_t = S_t · C_t + D·x_t                          (P,)
 
-x and B belong to the group and C, dt, A, D to the head, as k, v and q do in grouped-query attention; nothing is repeated.
+x and B belong to the group and C, dt, A, D to the head, as k, v and q do in grouped-query attention; nothing is
+repeated.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def ssd_chunked(
     x (B, L, G, P); dt (B, L, H) after softplus, 0 leaves the state as it is; A (H,) negative; B (B, L, G, N);
     C (B, L, H, N); D (H,) or None. seq_idx (B, L): document number of each token, non-decreasing; the state starts from
     zero at each change, and `initial_state` (B, H, P, N) belongs to the first token's document.
-    Products run in x's type, decays and states in float32. Returns y (B, L, H, P) in x's type, final state (B, H, P, N) float32.
+    Products run in x's type, decays and states in float32. Returns y (B, L, H, P) in x's type, final state (B, H, P,
+    N) float32.
     """
     batch, length, groups, headdim = x.shape
     heads, d_state = C.shape[2:]

@@ -54,7 +54,7 @@ def test_every_layer_matters():
     text = tokens(1, 30)
     before = model(text)
     for layer in model.model.layers:
-        out = layer.mixer.o_proj if layer.is_attention else layer.mixer.out_proj
+        out = layer.self_attn.o_proj if layer.is_attention else layer.mamba.out_proj
         kept = out.weight.clone()
         out.weight.zero_()
         assert (model(text) - before).abs().max() > 0.05
