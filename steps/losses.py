@@ -18,7 +18,6 @@ from torch.nn.functional import kl_div, linear, logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 Divergence = Literal["forward", "reverse", "jsd"]
-CHUNK = 512
 
 
 def align_loss(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -38,7 +37,7 @@ def divergence(
     """Per-token divergence (T,) between softmax(teacher / τ) = p and softmax(student / τ) = q, times τ².
 
     forward Σ p log(p/q), reverse Σ q log(q/p), jsd ½ KL(p‖m) + ½ KL(q‖m) with m = (p + q)/2. The factor τ² keeps
-    gradients of     one size (Hinton et al. 2015 §2). Logits (T, V) in float32.
+    gradients of one size (Hinton et al. 2015 §2). Logits (T, V) in float32.
     """
     log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
     log_q = torch.log_softmax(student_logits / temperature, dim=-1)
@@ -67,7 +66,7 @@ def kl_loss(
     temperature: float = 1.0,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Mean over the tokens of mask (B, L) of the divergence, plus ce_weight times the cross entropy on labels (B, L).
 
@@ -82,7 +81,10 @@ def kl_loss(
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
             teacher_logits = linear(taught[rows].to(head.dtype), head).float()
-        loss = divergence(logits, teacher_logits, kind, temperature).sum()
+        if kind == "forward":
+            loss = _ForwardKL.apply(logits, teacher_logits, temperature)
+        else:
+            loss = divergence(logits, teacher_logits, kind, temperature).sum()
         if ce_weight and wanted is not None:
             loss = loss + ce_weight * torch.nn.functional.cross_entropy(logits, wanted[rows], reduction="sum")
         return loss
@@ -90,7 +92,7 @@ def kl_loss(
     return _head_loss(student_hidden[mask], student_head, chunk_loss, chunk)
 
 
-def ce_loss(hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int = CHUNK) -> Tensor:
+def ce_loss(hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int | None = None) -> Tensor:
     """Mean cross entropy over the tokens of mask (B, L); labels (B, L) are already the next tokens."""
     wanted = labels[mask]
 
@@ -100,11 +102,14 @@ def ce_loss(hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: i
     return _head_loss(hidden[mask], head, chunk_loss, chunk)
 
 
-def sequence_log_probability(hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int = CHUNK) -> Tensor:
+def sequence_log_probability(
+    hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int | None = None
+) -> Tensor:
     """Σ over the tokens of mask of log p(label), row by row: (B,). Logits are recomputed in the backward pass."""
     flat, wanted = hidden[mask], labels[mask]
     _check_some(flat)
     head = head.to(_compute_type(hidden))
+    chunk = chunk or chunk_rows(hidden.device)
 
     def rows_log_probability(part: Tensor, part_labels: Tensor, weight: Tensor) -> Tensor:
         logits = linear(part.to(weight.dtype), weight).float()
@@ -130,10 +135,17 @@ def dpo_loss(
     return -logsigmoid(beta * margin).mean(), margin.detach()
 
 
-def _head_loss(hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor], chunk: int) -> Tensor:
+def chunk_rows(device: torch.device) -> int:
+    """Tokens whose logits exist at a time: a GPU wants large products; a CPU buffers that the allocator can use again."""
+    return 4096 if device.type == "cuda" else 128
+
+
+def _head_loss(
+    hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor], chunk: int | None
+) -> Tensor:
     """Σ chunk_loss(logits of the rows) / T for hidden (T, d); chunk_loss returns a sum over its rows."""
     _check_some(hidden)
-    return _ChunkedHead.apply(hidden, head, chunk_loss, chunk)
+    return _ChunkedHead.apply(hidden, head, chunk_loss, chunk or chunk_rows(hidden.device))
 
 
 def _check_some(tokens: Tensor) -> None:
@@ -144,6 +156,27 @@ def _check_some(tokens: Tensor) -> None:
 def _compute_type(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+class _ForwardKL(torch.autograd.Function):
+    """Σ over tokens of `divergence(…, "forward")` with its gradient τ·(q − p) written down, in half the passes over the
+    logits that automatic differentiation takes. Consumes the teacher's logits."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+        if temperature != 1.0:
+            student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+        log_q = torch.log_softmax(student_logits, dim=-1)
+        log_p = torch.log_softmax(teacher_logits, dim=-1)
+        p = log_p.exp()
+        value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+        ctx.gradient = log_q.exp_().sub_(p)
+        ctx.temperature = temperature
+        return value * temperature**2
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient.mul_(grad_output * ctx.temperature), None, None
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -167,7 +200,7 @@ class _ChunkedHead(torch.autograd.Function):
                 loss = chunk_loss(logits, rows)
             total += loss.detach()
             if wants_hidden or wants_head:
-                grad = (torch.autograd.grad(loss, logits)[0] / len(hidden)).to(compute)
+                grad = torch.autograd.grad(loss, logits, torch.full_like(loss, 1 / len(hidden)))[0].to(compute)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (grad @ weight).to(hidden.dtype)
                 if grad_head is not None:

@@ -1,0 +1,162 @@
+"""The whole flow with its real stages, on a Llama of four small layers: no fakes between a teacher's folder and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.corpora import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("flows", "steps", "hybrid", "kernels_ext", "corpora", "evals", "stage_store", "reports", "configs")
+
+CONFIG = """
+device = "cpu"
+compute = "float32"
+
+[teacher]
+source = "file:{here}/teacher"
+
+[corpus]
+sources = ["file:{here}/talk.jsonl"]
+held_out_conversations = 12
+
+[variants.half]
+attention = "1/2"
+
+[variants.none]
+attention = "0"
+set = {{ "kl_distill.steps" = 6, "dpo.reference" = "policy" }}
+
+[init_from_attention]
+tokens = 512
+batch_size = 4
+seq_len = 32
+
+[align]
+steps = 6
+seq_len = 32
+
+[kl_distill]
+steps = 160
+seq_len = 32
+mixer_lr = 1e-3
+rest_lr = 1e-4
+checkpoint_every = 20
+
+[sft]
+steps = 3
+seq_len = 32
+
+[dpo]
+steps = 2
+batch_size = 2
+pairs = 6
+max_reply_tokens = 6
+
+[benchmark]
+held_out_conversations = 6
+seq_len = 64
+skip_positions = 4
+decode_batches = [1]
+decode_tokens = 4
+samples = 2
+sample_tokens = 6
+
+[speculative_profile]
+max_k = 2
+prompts = 3
+new_tokens = 12
+"""
+
+
+@dataclass
+class Project:
+    """A copy of the project in a folder with a space in its name, and a store of its own."""
+
+    root: Path
+    store: Path
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(self.root / "flows/distill_flow.py"), "--config", "config", "c.toml", *arguments]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("METAFLOW", "PYTHON", "MAMBALLAMA"))}
+        own = {"USER": "root", "MAMBALLAMA_STORE": str(self.store), "MAMBALLAMA_LIVE_CARDS": "0"}
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=self.root,
+            env=kept | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str) -> str:
+        process = self.start("run", *arguments)
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        return said
+
+    def digest(self, stage: str) -> set[str]:
+        manifests = (self.store / stage).glob("*/MANIFEST.json")
+        return {json.loads(path.read_text())["digest"] for path in manifests}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    root = tmp_path_factory.mktemp("real stages")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("out", "__pycache__", "*.jsonl.gz"))
+    tiny.save_llama(root / "teacher", num_hidden_layers=4)
+    tiny.write_jsonl(root / "talk.jsonl", [tiny.conversation(i, turns=2) for i in range(60)])
+    (root / "c.toml").write_text(CONFIG.format(here=root))
+    return Project(root, root / "store")
+
+
+@pytest.fixture(scope="module")
+def first(project: Project) -> str:
+    return project.run()
+
+
+def test_a_run_ends_in_a_report_of_teacher_and_both_variants(project: Project, first: str) -> None:
+    page = Path(first.split("report: ")[-1].splitlines()[0])
+    twin = json.loads(page.with_suffix(".json").read_text())
+    assert page.parent.parent == project.root / "reports" / "out"
+    assert [v["name"] for v in twin["variants"]] == ["half", "none"]
+    for variant in twin["variants"]:
+        assert all(stage["ran"] for stage in variant["quality"])
+        assert variant["benchmark"]["fidelity"]["held_out"]["documents"] == 6
+        assert all(row["identical_to_greedy"] for row in variant["speculation"]["rows"])
+    assert "<svg" in page.read_text()
+
+
+def test_an_identical_run_executes_no_stage(project: Project, first: str) -> None:
+    said = project.run()
+    assert "plan: 0 of 17 stages to run" in said
+    assert "running on" not in said
+
+
+def test_a_run_killed_while_it_trains_continues_to_the_same_weights(project: Project, first: str) -> None:
+    disturbed = Project(project.root, project.root / "store of the disturbed")
+    process = disturbed.start("run")
+    deadline = time.monotonic() + 300
+    while not list((disturbed.store / "kl_distill").glob("*/ckpt/step-*/meta.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "ended before its first checkpoint"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not disturbed.digest("kl_distill"), "finished before it was killed: the test shows nothing"
+    assert "continuing from step" in disturbed.run()
+    for stage in ("align", "kl_distill", "sft", "dpo"):
+        assert disturbed.digest(stage) == project.digest(stage) != set()
