@@ -52,7 +52,7 @@ class Mamba2Mixer(nn.Module):
         counts: Tensor | None = None,
     ) -> Tensor:
         """hidden (B, L, d_model) → (B, L, d_model)."""
-        return self.out_proj(self.features(hidden, seq_idx, cache, counts))
+        return self.out_proj(self.features(hidden, seq_idx, cache, counts)).to(hidden.dtype)
 
     def features(
         self,
@@ -63,6 +63,8 @@ class Mamba2Mixer(nn.Module):
     ) -> Tensor:
         """What enters out_proj: (B, L, d_inner). With a cache, tokens at and after counts (B,) of a row leave no
         trace."""
+        if not torch.is_autocast_enabled(hidden.device.type):  # a student may have float32 mixers in a bfloat16 body
+            hidden = hidden.to(self.in_proj.weight.dtype)
         z, xBC, dt = self.in_proj(hidden).split(self.sections, dim=-1)
         dt = softplus(dt.float() + self.dt_bias)  # (B, L, H)
         conv_weight = self.conv1d.weight.squeeze(1)

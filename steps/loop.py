@@ -26,7 +26,9 @@ CHECK_EVERY = 10
 """Steps between looks at the loss: each look waits for the device."""
 REPORT_SECONDS = 5.0
 DIVERGED = 3.0
-"""A smoothed loss this many times its lowest value, and above where it began, is divergence."""
+JUDGED_AFTER = 20
+"""After this many steps, a smoothed loss DIVERGED times its lowest value, and above where it began, is divergence: the
+first steps of a warm-up often jump and come back."""
 
 
 class TrainingFailed(RuntimeError):
@@ -72,9 +74,12 @@ def train(
     )
     parameters = select_parameters(model, config)
     optimizer = torch.optim.AdamW(
-        [{"params": list(group.values()), "lr": lr} for lr, group in parameters if group],
+        [
+            {"params": part, "lr": lr, "weight_decay": decay}
+            for lr, group in parameters
+            for part, decay in _decayed(group, config.weight_decay)
+        ],
         betas=config.betas,
-        weight_decay=config.weight_decay,
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, config))
@@ -137,6 +142,13 @@ def select_parameters(model: HybridForCausalLM, config: TrainConfig) -> list[tup
     return [(config.mixer_lr, groups[True]), (config.rest_lr, groups[False])]
 
 
+def _decayed(group: dict[str, Tensor], weight_decay: float) -> list[tuple[list[Tensor], float]]:
+    """Matrices decay; norms, biases, A_log, dt_bias and D do not, as in mamba-ssm."""
+    matrices = [p for p in group.values() if p.ndim > 1]
+    others = [p for p in group.values() if p.ndim <= 1]
+    return [(part, decay) for part, decay in ((matrices, weight_decay), (others, 0.0)) if part]
+
+
 def rate_factor(step: int, config: TrainConfig) -> float:
     """Linear warm-up over the first warmup·steps, then a cosine to min_lr, as a factor of the peak rate."""
     warm = max(1, round(config.warmup * config.steps))
@@ -188,7 +200,7 @@ class _Watch:
             self.lowest = min(self.smooth, self.lowest) if not math.isnan(self.lowest) else self.smooth
             if not math.isfinite(loss):
                 self._fail(f"loss is {loss}", step, documents)
-            if self.smooth > DIVERGED * self.lowest and self.smooth > first:
+            if step > JUDGED_AFTER and self.smooth > DIVERGED * self.lowest and self.smooth > first:
                 self._fail(f"loss diverges (smoothed {self.smooth:.4g}, lowest {self.lowest:.4g})", step, documents)
             self.state.curve += ((step, loss),)
         self.pending = []

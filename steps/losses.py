@@ -136,7 +136,7 @@ def dpo_loss(
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Tokens whose logits exist at a time: a GPU wants large products; a CPU buffers that the allocator can use again."""
+    """Tokens whose logits exist at a time: a GPU wants large products, a CPU buffers that its allocator can reuse."""
     return 4096 if device.type == "cuda" else 128
 
 

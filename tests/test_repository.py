@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stage_store import Store
 from steps import config, pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,7 @@ def test_every_python_command_of_the_readme_is_understood(line: str, tmp_path: P
     if "distill_flow.py" in line and {"run", "resume", "view"} & set(words):
         words.append("--help")
     if "stage_store" in line:
+        Store(str(tmp_path / "store"))
         words = [*words[:2], "--store", str(tmp_path / "store"), *words[2:]]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The whole flow with its real stages, on a Llama of four small layers: no fakes between a teacher's folder and the report."""
+"""The whole flow with its real stages on a Llama of four small layers: no fake between teacher and report."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ seq_len = 32
 [align]
 steps = 6
 seq_len = 32
+mixer_lr = 1e-4
 
 [kl_distill]
 steps = 160
@@ -156,7 +157,7 @@ def test_a_run_killed_while_it_trains_continues_to_the_same_weights(project: Pro
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not disturbed.digest("kl_distill"), "finished before it was killed: the test shows nothing"
+    assert len(disturbed.digest("kl_distill")) < 2, "both were finished before the kill: the test shows nothing"
     assert "continuing from step" in disturbed.run()
     for stage in ("align", "kl_distill", "sft", "dpo"):
         assert disturbed.digest(stage) == project.digest(stage) != set()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid import HybridForCausalLM
+from hybrid import HybridForCausalLM, load_pretrained, save_pretrained
 from hybrid import generate as generate_module
 from hybrid.generate import filtered_probabilities, generate
 from tests.hybrid import tiny_hybrid
@@ -144,3 +144,16 @@ def test_samples_follow_the_distribution(hybrid):
     wanted = filtered_probabilities(logits[:1], 1.0, 3, 1.0)[0]
     torch.testing.assert_close(shares, wanted, rtol=0, atol=0.03)
     assert shares[3] == 0
+
+
+def test_a_student_as_it_is_saved_decodes_without_autocast(tmp_path):
+    """Mixers in float32 in a bfloat16 body, as a stage that trains the mixers alone leaves them."""
+    student = tiny_hybrid.model(attention_layers=(1, 3)).bfloat16()
+    for block in student.blocks:
+        if not block.is_attention:
+            block.mamba.float()
+    save_pretrained(student, tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16 and loaded.blocks[0].mamba.in_proj.weight.dtype == torch.float32
+    (reply,) = generate(loaded, [[5, 6, 7]], 8, eos_token_ids=())
+    assert len(reply) == 8
