@@ -91,7 +91,7 @@ def test_the_two_groups_have_their_own_rates():
 
 
 def test_is_plain_adamw():
-    """Two steps by hand: clipping, schedule, decay."""
+    """Two steps by hand: clipping, schedule, decay of matrices alone."""
     config = TrainConfig(
         steps=2,
         batch_size=2,
@@ -105,8 +105,15 @@ def test_is_plain_adamw():
     ours, other = student(), student().requires_grad_()
     summary = train(ours, batches, loss_function, config, context())
     named = dict(other.named_parameters())
-    groups = [{"params": [p for n, p in named.items() if (".mamba." in n) == mixer]} for mixer in (True, False)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), weight_decay=0.1)
+    kinds = [(True, True), (True, False), (False, True), (False, False)]  # (is a mixer's, is a matrix)
+    groups = [
+        {
+            "params": [p for n, p in named.items() if (".mamba." in n, p.ndim > 1) == kind],
+            "weight_decay": 0.1 if kind[1] else 0.0,
+        }
+        for kind in kinds
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9))
     losses = []
     for step in range(2):
         loss, _ = loss_function(other, batches(step).data)
@@ -115,7 +122,7 @@ def test_is_plain_adamw():
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), 0.5)
         assert norm > 0.5
-        for group, rate in zip(optimizer.param_groups, (1e-2, 1e-3), strict=True):
+        for group, rate in zip(optimizer.param_groups, (1e-2, 1e-2, 1e-3, 1e-3), strict=True):
             group["lr"] = rate * rate_factor(step, config)
         optimizer.step()
     for name, p in ours.named_parameters():
