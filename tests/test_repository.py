@@ -80,3 +80,10 @@ def test_the_embedded_corpus_is_what_its_manifest_says() -> None:
     file = ROOT / "corpora" / manifest["file"]
     assert sha256_of(file) == manifest["sha256"]
     assert file.stat().st_size <= 8 * 2**20
+
+
+def test_the_readmes_python_is_valid_and_imports_what_exists() -> None:
+    (example,) = blocks("python")
+    imports = [line for line in example.splitlines() if line.startswith(("import ", "from "))]
+    compile(example, "README.md", "exec")
+    exec("\n".join(imports), {})
