@@ -20,7 +20,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 
 # Attention kept, as the paper names its ratios; `hybrid.layers.attention_layers` turns one into layer numbers.
 AttentionRatio = Literal["1", "1/2", "1/4", "1/8", "0"]

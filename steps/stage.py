@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Checkpoints(Protocol):
@@ -65,6 +65,3 @@ class StageContext:
     scratch: Path
     checkpoints: Checkpoints | None = None
     progress: Callable[[Progress], None] = lambda _: None
-
-
-StageFunction = Callable[[Any, Mapping[str, Path], Path, StageContext], dict[str, Any]]
