@@ -36,6 +36,10 @@ Refs = Mapping[str, Mapping[str, Any]]
 """Stage name → fields of its StageRef, as `run_stage` returns them. A stage that is switched off is not in it."""
 
 
+NO_RESULT = {"enabled", "checkpoint_every"}
+"""Leaves of a stage's section that cannot change what it writes, so they are no part of its key."""
+
+
 class StageFailed(RuntimeError):
     """A stage ended for a reason that its user can act on; the message is one line."""
 
@@ -177,7 +181,7 @@ def _upstream(stage: Stage, refs: Mapping[str, Any]) -> dict[str, Any]:
 
 def payload_of(stage: Stage, variant: str, own: Config, refs: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """All that the stage's result depends on; its sha256 is the key."""
-    section = stage.config(own, variant).model_dump(mode="json")
+    section = stage.config(own, variant).model_dump(mode="json", exclude=NO_RESULT)
     code = code_modules(stage.module, root, FIRST_PARTY)
     payload = {
         "schema": SCHEMA,

@@ -123,6 +123,7 @@ BOTH = ("half", "none")
         ("corpus.held_out_conversations=9", SHARED[1:], TRAINED + MEASURED, TRAINED + MEASURED),
         ("benchmark.items_per_task=3", ["benchmark_teacher"], ["benchmark"], ["benchmark"]),
         ("speculative_profile.max_k=2", [], ["speculative_profile"], ["speculative_profile"]),
+        ("kl_distill.checkpoint_every=7", [], [], []),
         ("seed=1", SHARED[1:], TRAINED + MEASURED, TRAINED + MEASURED),
         ("compute=float32", SHARED[1:], TRAINED + MEASURED, TRAINED + MEASURED),
         ("sft.enabled=false", [], ["dpo", *MEASURED], ["dpo", *MEASURED]),
