@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 @dataclass
 class KVCache:
     """Keys and values of one attention layer: (B, n_kv_heads, max_length, head_dim). Entries at and after a row's
-    length
-    are stale and never read, so rolling back needs no copy."""
+    length are stale and never read, so rolling back needs no copy."""
 
     k: Tensor
     v: Tensor

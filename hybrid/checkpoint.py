@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hybrid.attention import rope_frequencies
 from hybrid.config import HybridConfig
 from hybrid.model import HybridForCausalLM
 
@@ -26,9 +27,8 @@ FLOAT32 = ("A_log", "dt_bias", "D")
 def load_pretrained(folder: Path | str, device: str = "cpu", dtype: torch.dtype | None = None) -> HybridForCausalLM:
     """A teacher (transformers' Llama layout) or a student; weights keep the file's types unless `dtype` is given.
 
-    A_log, dt_bias and D stay float32 in any case. Raises FileNotFoundError, UnsupportedModel or, where names or
-    shapes do not
-    fit, ValueError.
+    A_log, dt_bias and D stay float32 in any case. Raises FileNotFoundError, UnsupportedModel or, where names or shapes
+    do not fit, ValueError.
     """
     folder = Path(folder)
     config = HybridConfig.from_folder(folder)
@@ -51,7 +51,7 @@ def load_pretrained(folder: Path | str, device: str = "cpu", dtype: torch.dtype 
     if wrong:
         raise ValueError(f"{folder}: weights of another shape than config.json says: {'; '.join(wrong[:3])}")
     model.load_state_dict(weights, assign=True)
-    _fill_buffers(model, device)
+    model.inv_freq = rope_frequencies(config).to(device)  # computed, not stored, and made on the meta device above
     return model.requires_grad_(False).eval()
 
 
@@ -80,10 +80,3 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.T
     if name.endswith(FLOAT32):
         return tensor.float()
     return tensor if dtype is None else tensor.to(dtype)
-
-
-def _fill_buffers(model: HybridForCausalLM, device: str) -> None:
-    """The rotary table is computed, not stored, and was made on the meta device."""
-    from hybrid.attention import rope_frequencies
-
-    model.inv_freq = rope_frequencies(model.config).to(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL_TYPE = "hybrid_mamba_llama"
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "llama3", "linear")
 
 
 class UnsupportedModel(ValueError):

@@ -30,8 +30,7 @@ def generate(
     """Replies (without prompts, with the end-of-turn token where one came) of at most max_new_tokens tokens.
 
     temperature 0 is greedy, and then the reply to a prompt does not depend on the rest of the batch. eos_token_ids:
-    None takes
-    the model's own, () never stops. callback gets each step's tokens (B,), −1 for rows that have ended.
+    None takes the model's own, () never stops. callback gets each step's tokens (B,), −1 for rows that have ended.
     """
     check_request(prompts, max_new_tokens)
     device = model.device
@@ -86,8 +85,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
 
 def filtered_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """softmax(logits / temperature) restricted to the top_k tokens (0: all), then to the smallest set of mass ≥
-    top_p."""
+    """softmax(logits / temperature) of the top_k tokens (0: all), then of the smallest set of mass ≥ top_p."""
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -100,8 +98,7 @@ def filtered_probabilities(logits: Tensor, temperature: float, top_k: int, top_p
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """The smallest set of tokens of mass ≥ top_p, renormalised. The largest few hold that mass almost always, and
-    finding
-    them is much cheaper than sorting the vocabulary, which is what is done where they do not."""
+    finding them is much cheaper than sorting the vocabulary, which is what is done where they do not."""
     vocabulary = probabilities.shape[-1]
     count = min(LIKELY, vocabulary)
     ordered, order = probabilities.topk(count, dim=-1)

@@ -1,8 +1,7 @@
 """From attention to Mamba: the one map q→C, k→B, v→x, o→out_proj (2408.15237 §2.2, Algorithm 1).
 
 Everything that attention does not have (gate z, convolution, dt, A, D, norm) is drawn as the method says; everything
-that is
-no mixer (embeddings, MLP, norms, kept attention) is the teacher's own.
+that is no mixer (embeddings, MLP, norms, kept attention) is the teacher's own.
 """
 
 from __future__ import annotations
@@ -51,10 +50,9 @@ def from_attention(
     """A student with mixers in all layers but `attention_layers`; shares no tensor with the teacher.
 
     `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU on x, B, C, A ~ U(1, 16), as the released
-    code.
-    `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times gate_scale,
-    A spread
-    geometrically over [a_min, a_max]. In both dt_bias puts dt log-uniform in [1e-3, 0.1]. Mixers are float32.
+    code. `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times
+    gate_scale, A spread geometrically over [a_min, a_max]. In both dt_bias puts dt log-uniform in [1e-3, 0.1]. Mixers
+    are float32.
     """
     config = replace(
         teacher.config,

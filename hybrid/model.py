@@ -1,8 +1,7 @@
 """`HybridForCausalLM`: a Llama in which some layers mix tokens by Mamba-2 instead of attention.
 
 One class is trained, scored and decoded with. Weight names are those of transformers' Llama, and `mamba.*` where a
-layer's
-attention was replaced, so a teacher's safetensors load as they are.
+layer's attention was replaced, so a teacher's safetensors load as they are.
 """
 
 from __future__ import annotations

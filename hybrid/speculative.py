@@ -1,10 +1,8 @@
 """Chain speculation with exact greedy acceptance (Leviathan et al., 2211.17192, at temperature 0).
 
 A draft proposes up to K tokens, one call of the model scores them all, the longest prefix that greedy decoding would
-have
-produced is kept together with the model's own next token, and the cache is rolled back over the rest. The output is
-that of
-plain greedy decoding, whatever the draft.
+have produced is kept together with the model's own next token, and the cache is rolled back over the rest. The output
+is that of plain greedy decoding, whatever the draft.
 """
 
 from __future__ import annotations

@@ -38,8 +38,7 @@ def ssd(device_type: str) -> Callable[..., tuple]:
 
 def _compiled_for_training() -> Callable[..., tuple]:
     """ssd_chunked, compiled where a training stage calls it: with gradients and in whole chunks, so always in one
-    shape.
-    Scoring and prefill see many shapes, each of which would cost seconds of compilation."""
+    shape. Scoring and prefill see many shapes, each of which would cost seconds of compilation."""
     compiled = torch.compile(ssd_chunked, dynamic=False)
 
     def scan(x: Tensor, *args: Any, **kwargs: Any) -> tuple:

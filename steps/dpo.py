@@ -4,7 +4,7 @@ was."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ def _batches(
 ) -> BatchSource:
     """Micro-batches of pairs with the reference's log-probabilities, which are computed once and kept."""
     size = config.batch_size // config.accumulation
+    per_epoch = max(1, len(pairs) // size)
     pad = reference.config.pad_token_id or 0
 
     def collated(chosen: Sequence[PreferencePair]) -> PairBatch:
@@ -128,22 +129,19 @@ def _batches(
         return PairBatch(*(torch.from_numpy(a).to(context.device) for a in arrays))
 
     known: dict[int, tuple[float, float]] = {}
-    with (
-        torch.no_grad(),
-        autocast(context),
-    ):
+    with torch.no_grad(), autocast(context):
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
             better, worse = reply_log_probabilities(reference, collated(part)).chunk(2)
             known |= {start + i: (better[i].item(), worse[i].item()) for i in range(len(part))}
 
     def batch(number: int) -> MicroBatch:
-        epoch, per_epoch = divmod(number, max(1, len(pairs) // size))[0], max(1, len(pairs) // size)
+        epoch, place = divmod(number, per_epoch)
         order = np.random.default_rng([context.seed, epoch]).permutation(len(pairs))
-        chosen = order[(number % per_epoch) * size :][:size]
+        chosen = order[place * size :][:size]
         data = collated([pairs[i] for i in chosen])
         log_probabilities = torch.tensor([known[i] for i in chosen], device=context.device).T.reshape(-1)
-        data = PairBatch(data.tokens, data.seq_idx, data.targets, data.mask, log_probabilities)
+        data = replace(data, reference=log_probabilities)
         return MicroBatch(data, int(data.mask.sum()), tuple(pairs[i].id for i in chosen))
 
     return batch

@@ -1,10 +1,8 @@
 """Losses as plain functions. Every reduction is a mean over the tokens (or pairs) that count; KL and CE are in nats.
 
 Divergences and cross entropy work on hidden states and the output head, chunk by chunk: of the logits (T, V) only
-`chunk` rows
-exist at a time, and their gradient is turned into that of the hidden states (and of the head) at once, so nothing of
-size
-T·V is ever kept, in any precision.
+`chunk` rows exist at a time, and their gradient is turned into that of the hidden states (and of the head) at once, so
+nothing of size T·V is ever kept, in any precision.
 """
 
 from __future__ import annotations

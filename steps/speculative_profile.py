@@ -32,9 +32,8 @@ def run(config: SpeculativeConfig, inputs: Mapping[str, Path], out: Path, contex
     defined.
 
     Writes profile.json: for every K acceptance (whole and by position), tokens per verification with 95 % interval
-    (bootstrap
-    over prompts), tokens per second, speed-up over K = 0 of the same engine, and whether all outputs equal plain
-    greedy.
+    (bootstrap over prompts), tokens per second, speed-up over K = 0 of the same engine, and whether all outputs equal
+    plain greedy.
     """
     student = load_pretrained(inputs["student"], context.device, torch.float32)
     prompts = _prompts(inputs["corpus"], config.prompts, context.seed)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("llama",)
-ROPE_TYPES = ("default", "llama3", "linear")
 # What defines a Llama; everything else that a checkpoint's config carries is about how it was made or is run.
 LLAMA_FIELDS = (
     "vocab_size",
@@ -98,6 +97,8 @@ def _checkpoint(resolved: sources.Resolved) -> tuple[Path, str | None]:
 def _clean_config(folder: Path, gguf: str | None, source: str) -> LlamaConfig:
     """The Llama configuration alone; refuses what the student's blocks do not compute."""
     from transformers import AutoConfig, LlamaConfig
+
+    from hybrid.config import ROPE_TYPES
 
     try:
         found = AutoConfig.from_pretrained(folder, **_gguf(gguf), local_files_only=True)
