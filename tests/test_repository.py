@@ -48,11 +48,18 @@ def test_every_make_target_of_the_readme_exists() -> None:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("python ")])
+def needs_a_run(line: str) -> bool:
+    """Metaflow looks for an earlier run even for their help; tests/flows/test_real_stages.py has one."""
+    return "distill_flow.py resume" in line or "distill_flow.py card" in line
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in shell_lines() if line.startswith("python ") and not needs_a_run(line)]
+)
 def test_every_python_command_of_the_readme_is_understood(line: str, tmp_path: Path) -> None:
     """Commands that would run the pipeline are given an argument that stops them once all else was understood."""
     words = line.split()[1:]
-    if "distill_flow.py" in line and {"run", "resume", "view"} & set(words):
+    if "distill_flow.py" in line and "run" in words:
         words.append("--help")
     if "stage_store" in line:
         Store(str(tmp_path / "store"))

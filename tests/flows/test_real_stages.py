@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpora import tiny
+from tests.test_repository import needs_a_run, shell_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("flows", "steps", "hybrid", "kernels_ext", "corpora", "evals", "stage_store", "reports", "configs")
@@ -90,13 +91,16 @@ class Project:
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(self.root / "flows/distill_flow.py"), "--config", "config", "c.toml", *arguments]
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    @property
+    def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("METAFLOW", "PYTHON", "MAMBALLAMA"))}
-        own = {"USER": "root", "MAMBALLAMA_STORE": str(self.store), "MAMBALLAMA_LIVE_CARDS": "0"}
+        return kept | {"USER": "root", "MAMBALLAMA_STORE": str(self.store), "MAMBALLAMA_LIVE_CARDS": "0"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             self.command(*arguments),
             cwd=self.root,
-            env=kept | own,
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -140,6 +144,15 @@ def test_a_run_ends_in_a_report_of_teacher_and_both_variants(project: Project, f
         assert variant["benchmark"]["fidelity"]["held_out"]["documents"] == 6
         assert all(row["identical_to_greedy"] for row in variant["speculation"]["rows"])
     assert "<svg" in page.read_text()
+
+
+def test_the_readmes_commands_that_need_a_run_are_understood(project: Project, first: str) -> None:
+    lines = [line for line in shell_lines() if needs_a_run(line)]
+    assert len(lines) == 2
+    for line in lines:
+        words = [sys.executable, *line.split()[1:], "--help"]
+        done = subprocess.run(words, cwd=project.root, env=project.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_an_identical_run_executes_no_stage(project: Project, first: str) -> None:
