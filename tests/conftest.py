@@ -13,6 +13,14 @@ for name in ("MAMBALLAMA_STORE", "MAMBALLAMA_LIVE_CARDS", "METAFLOW_FLOW_CONFIG"
     os.environ.pop(name, None)
 
 
+def _import_triton():
+    """Without CUDA, Triton's own library must be imported as interpreted code too, before anything else imports it."""
+    if not _cuda() and importlib.util.find_spec("triton") is not None:
+        os.environ["TRITON_INTERPRET"] = "1"
+        importlib.import_module("triton.language")
+        del os.environ["TRITON_INTERPRET"]
+
+
 def pytest_collection_modifyitems(items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _cuda():
@@ -28,4 +36,5 @@ def _cuda():
     return torch.cuda.is_available()
 
 
+_import_triton()
 pytest_plugins = ["s3_server"]  # the fixtures `s3_environment` and `s3_url`; the server starts with their first use
