@@ -17,7 +17,7 @@ def _import_triton():
     """Without CUDA, Triton's own library must be imported as interpreted code too, before anything else imports it."""
     if not _cuda() and importlib.util.find_spec("triton") is not None:
         os.environ["TRITON_INTERPRET"] = "1"
-        importlib.import_module("triton.language")
+        importlib.import_module("triton.experimental.gluon.language")  # and with it triton.language
         del os.environ["TRITON_INTERPRET"]
 
 
