@@ -97,9 +97,9 @@ def live(step_function):
 class DistillFlow(FlowSpec):
     """Distil a Transformer into hybrids of attention and Mamba-2 layers, and report what was kept.
 
-    teacher → corpus → for each variant: init_from_attention → align → kl_distill → sft → dpo → benchmark and
-    speculative_profile → report. The method is that of "The Mamba in the Llama" (arXiv 2408.15237); every stage is kept
-    under a key of all that it depends on and is run only if nothing is stored under that key.
+    teacher → corpus → for each variant: init_from_attention → align → kl_distill → sft → dpo → benchmark, and beside it
+    draft → speculative_profile → report. The method is that of "The Mamba in the Llama" (arXiv 2408.15237); every stage
+    is kept under a key of all that it depends on and is run only if nothing is stored under that key.
     """
 
     config = Config(
@@ -183,7 +183,7 @@ class DistillFlow(FlowSpec):
     def dpo(self):
         """Prefer the better of two replies, measured against a reference model (direct preference optimisation)."""
         self._stage("dpo")
-        self.next(self.benchmark, self.speculative_profile)
+        self.next(self.benchmark, self.draft)
 
     @declared("benchmark")
     @live
@@ -192,6 +192,14 @@ class DistillFlow(FlowSpec):
         """Measure the student beside the teacher: fidelity, tasks, speed, memory, sample answers."""
         self._stage("benchmark")
         self.next(self.evaluated)
+
+    @declared("draft")
+    @live
+    @step
+    def draft(self):
+        """Make the small model that proposes tokens: some of the student's layers, trained against the student."""
+        self._stage("draft")
+        self.next(self.speculative_profile)
 
     @declared("speculative_profile")
     @live

@@ -10,10 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hybrid.cache import KVCache
 from hybrid.config import HybridConfig
-
-# Up to this many new tokens over a cache, reading each key once beats the fused kernels that want one key per query
-# head.
-DECODE_LENGTH = 16
+from hybrid.decode import DecodeStep, joined
+from hybrid.rms_norm import RMSNorm
+from kernels_ext import dispatch
 
 
 def rope_frequencies(config: HybridConfig) -> Tensor:
@@ -48,20 +47,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of few queries over many keys without repeating keys and values for the heads of a group.
-
-    q (B, H, L, P), k and v (B, G, S, P), mask (B, 1, L, S) bool; returns (B, H, L, P). Softmax in float32.
-    """
-    batch, heads, length, head_dim = q.shape
-    groups = k.shape[1]
-    grouped = q.reshape(batch, groups, heads // groups * length, head_dim)
-    scores = (grouped @ k.transpose(-1, -2)).float() / math.sqrt(head_dim)
-    scores = scores.view(batch, groups, heads // groups, length, -1).masked_fill(~mask[:, :, None], float("-inf"))
-    weights = scores.softmax(dim=-1).to(v.dtype).view(batch, groups, heads // groups * length, -1)
-    return (weights @ v).view(batch, heads, length, head_dim)
-
-
 class Attention(nn.Module):
     """q_proj, k_proj, v_proj, o_proj of one layer; weights named as in transformers."""
 
@@ -78,13 +63,13 @@ class Attention(nn.Module):
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        cache: KVCache | None,
-        slots: Tensor | None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """hidden (B, L, d_model) → (B, L, d_model).
 
-        mask: (B, 1, L, S) bool, True = visible, or None for plain causal. With a cache, the new keys and values go to
-        `slots` (B, L) and S is the mask's width.
+        mask: (B, 1, L, S) bool, True = visible, or None for plain causal. With a cache, the new keys and values are
+        written at `positions` (B, L) and, if there is a mask, S is its width and all S keys are read from the cache.
         """
         batch, length, _ = hidden.shape
         q = self.q_proj(hidden).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, L, P)
@@ -93,15 +78,24 @@ class Attention(nn.Module):
         cos, sin = (table.to(q.dtype) for table in rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            assert slots is not None and mask is not None
-            index = slots[:, None, :, None].expand(-1, self.n_kv_heads, -1, self.head_dim)
+            assert positions is not None
+            index = positions[:, None, :, None].expand(-1, self.n_kv_heads, -1, self.head_dim)
             cache.k.scatter_(2, index, k.to(cache.k.dtype))
             cache.v.scatter_(2, index, v.to(cache.v.dtype))
-            k, v = (t[:, :, : mask.shape[-1]].to(q.dtype) for t in (cache.k, cache.v))
-            if length <= DECODE_LENGTH:
-                return self.o_proj(grouped_attention(q, k, v, mask).transpose(1, 2).reshape(batch, length, -1))
+            if mask is not None:
+                k, v = (t[:, :, : mask.shape[-1]].to(q.dtype) for t in (cache.k, cache.v))
         if self.n_heads != self.n_kv_heads:
             ratio = self.n_heads // self.n_kv_heads
             k, v = k.repeat_interleave(ratio, dim=1), v.repeat_interleave(ratio, dim=1)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+    def decode(self, x: Tensor, norm: RMSNorm, cache: KVCache, step: DecodeStep) -> Tensor:
+        """x + attention(norm(x)) for a window of tokens over the cache; x (B·T, d_model)."""
+        weight = joined(self.q_proj, self.k_proj, self.v_proj)
+        qkv = dispatch.norm_linear(x, norm.weight, norm.eps, weight).view(step.batch, step.length, -1)
+        q = dispatch.rope_append(
+            qkv, cache.k, cache.v, *step.rope, step.cursors.lengths, step.slots, self.n_heads, step.offset
+        )
+        out = dispatch.decode_attention(q, cache.k, cache.v, step.cursors.lengths, step.slots, step.offset)
+        return dispatch.linear_add(out.reshape(x.shape[0], -1), self.o_proj.weight, x)

@@ -1,14 +1,16 @@
-"""`HybridConfig`: a Llama and which of its layers are Mamba-2 mixers."""
+"""`HybridConfig`: a Llama and which of its layers are Mamba mixers."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 MODEL_TYPE = "hybrid_mamba_llama"
 ROPE_TYPES = ("default", "llama3", "linear")
+Mixer = Literal["mamba2", "mamba1"]
 
 
 class UnsupportedModel(ValueError):
@@ -19,8 +21,8 @@ class UnsupportedModel(ValueError):
 class HybridConfig:
     """Shapes of the model; names as in transformers' LlamaConfig and in mamba-ssm.
 
-    The mixer of a replaced layer has d_inner = n_heads·head_dim, n_kv_heads groups of x and B, n_heads heads of C,
-    headdim = d_state = head_dim.
+    The mixer of a replaced layer has d_inner = n_heads·head_dim, n_kv_heads groups of x and B and n_heads heads of C.
+    Mamba-2 has headdim = d_state = head_dim; Mamba-1 cuts B and C of a head into pieces of d_state channels.
     """
 
     vocab_size: int
@@ -43,6 +45,12 @@ class HybridConfig:
     """SiLU after the convolution, as in the paper's code; an identity convolution starts without it."""
     proj_bias: bool = True
     """Bias of the mixers' in_proj; it can hold the gate open."""
+    mixer: Mixer = "mamba2"
+    """What stands in place of attention in the replaced layers, the same in all of them."""
+    d_state: int | None = None
+    """State numbers per channel. Mamba-1: a divisor of head_dim, None is 16. Mamba-2: head_dim, which None is too."""
+    dt_rank: int | None = None
+    """Mamba-1 only: width of the projection that dt comes from; None is ceil(d_model / 16)."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -50,6 +58,18 @@ class HybridConfig:
         wrong = [i for i in self.attention_layers if not 0 <= i < self.n_layers]
         if wrong:
             raise ValueError(f"attention_layers {wrong} do not exist; the model has layers 0 to {self.n_layers - 1}")
+        if self.mixer not in get_args(Mixer):
+            raise UnsupportedModel(f"mixer {self.mixer!r} is not supported; supported: {', '.join(get_args(Mixer))}")
+        if self.mixer == "mamba2" and self.d_state not in (None, self.head_dim):
+            raise ValueError(f"d_state {self.d_state} of a mamba2 mixer must be head_dim {self.head_dim}; leave it out")
+        if self.mixer == "mamba2" and self.dt_rank is not None:
+            raise ValueError(f"dt_rank {self.dt_rank} belongs to mamba1; the mixer is mamba2: leave it out")
+        if self.state_size < 1 or self.head_dim % self.state_size:
+            raise ValueError(
+                f"d_state {self.state_size} does not divide head_dim {self.head_dim}; set d_state to a divisor of it"
+            )
+        if self.dt_size < 1:
+            raise ValueError(f"dt_rank must be >= 1, got {self.dt_size}")
 
     @property
     def mamba_layers(self) -> tuple[int, ...]:
@@ -66,7 +86,22 @@ class HybridConfig:
 
     @property
     def conv_channels(self) -> int:
-        return 2 * self.d_xb + self.d_inner
+        """Mamba-2 convolves x, B and C; Mamba-1 only x, before the heads of a group share it."""
+        return self.d_xb if self.mixer == "mamba1" else 2 * self.d_xb + self.d_inner
+
+    @property
+    def state_size(self) -> int:
+        """N: d_state with its default filled in."""
+        if self.d_state is not None:
+            return self.d_state
+        return 16 if self.mixer == "mamba1" else self.head_dim
+
+    @property
+    def dt_size(self) -> int:
+        """Rows of in_proj that dt comes from: dt_rank with its default filled in; Mamba-2 has one per head."""
+        if self.mixer == "mamba2":
+            return self.n_heads
+        return math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
 
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": MODEL_TYPE, "architectures": ["HybridForCausalLM"], **asdict(self)}

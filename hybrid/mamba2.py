@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from hybrid.cache import SSMCache
+from hybrid.cache import Span, SSMCache
 from hybrid.config import HybridConfig
+from hybrid.decode import DecodeStep
+from hybrid.rms_norm import RMSNorm
 from kernels_ext import dispatch
 
 
@@ -49,53 +51,85 @@ class Mamba2Mixer(nn.Module):
         hidden: Tensor,
         seq_idx: Tensor | None = None,
         cache: SSMCache | None = None,
-        counts: Tensor | None = None,
+        span: Span | None = None,
     ) -> Tensor:
         """hidden (B, L, d_model) → (B, L, d_model)."""
-        return self.out_proj(self.features(hidden, seq_idx, cache, counts)).to(hidden.dtype)
+        return self.out_proj(self.features(hidden, seq_idx, cache, span)).to(hidden.dtype)
 
     def features(
         self,
         hidden: Tensor,
         seq_idx: Tensor | None = None,
         cache: SSMCache | None = None,
-        counts: Tensor | None = None,
+        span: Span | None = None,
     ) -> Tensor:
-        """What enters out_proj: (B, L, d_inner). With a cache, tokens at and after counts (B,) of a row leave no
-        trace."""
+        """What enters out_proj: (B, L, d_inner). With a cache, the tokens of `span` are appended to its state."""
         if not torch.is_autocast_enabled(hidden.device.type):  # a student may have float32 mixers in a bfloat16 body
             hidden = hidden.to(self.in_proj.weight.dtype)
         z, xBC, dt = self.in_proj(hidden).split(self.sections, dim=-1)
         dt = softplus(dt.float() + self.dt_bias)  # (B, L, H)
-        conv_weight = self.conv1d.weight.squeeze(1)
-        conv_state = None if cache is None else cache.conv
-        convolved = dispatch.causal_conv(xBC, conv_weight, self.conv1d.bias, seq_idx, conv_state, self.config.conv_silu)
-        if cache is None:
-            y, _ = self._scan(convolved, dt, seq_idx, None)
-            return self.norm(y.flatten(-2), z)
-
-        assert counts is not None
-        cache.base, base_conv = cache.state, cache.conv
-        cache.window = (convolved, dt, torch.cat([base_conv, xBC.to(base_conv.dtype)], dim=1))
-        if hidden.shape[1] == 1:
-            x, B, C = self._split(convolved)
-            live = (counts > 0)[:, None]
-            y, cache.state = dispatch.ssd_step(
-                x[:, 0], dt[:, 0] * live, -torch.exp(self.A_log), B[:, 0], C[:, 0], self.D, cache.base
-            )
-            y = y[:, None]
-        else:
-            y, cache.state = self._scan(convolved, dt * _live(dt, counts), None, cache.base)
-        cache.conv = _conv_window(cache.window[2], counts, self.config.d_conv)
+        before = None if cache is None or span is None else span.conv_inputs(cache.conv, self.config.d_conv)
+        convolved = dispatch.causal_conv(
+            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, before, self.config.conv_silu
+        )
+        x, B, C = self._split(convolved)
+        state = None
+        if cache is not None and span is not None:
+            assert before is not None
+            span.keep_conv_inputs(cache.conv, torch.cat([before, xBC.to(before.dtype)], dim=1), self.config.d_conv)
+            dt, state = dt * span.live(dt.shape[1])[..., None], cache.state.float()
+        y, state = dispatch.ssd(x.device.type)(x, dt, self.A, B, C, self.D, seq_idx, state)
+        if cache is not None:
+            cache.state.copy_(state)
         return self.norm(y.flatten(-2), z)
 
-    def replay(self, cache: SSMCache, keep: Tensor) -> None:
-        """Set the state to what it was after the first `keep[b]` tokens of the last call: dt = 0 is the identity
-        step."""
-        assert cache.window is not None and cache.base is not None
-        convolved, dt, inputs = cache.window
-        _, cache.state = self._scan(convolved, dt * _live(dt, keep), None, cache.base)
-        cache.conv = _conv_window(inputs, keep, self.config.d_conv)
+    @property
+    def A(self) -> Tensor:
+        """(H,) negative."""
+        return -torch.exp(self.A_log)
+
+    def decode(self, x: Tensor, norm: RMSNorm, cache: SSMCache, step: DecodeStep) -> Tensor:
+        """x + mixer(norm(x)) for a window of tokens over the cache; x (B·T, d_model)."""
+        cursors, own = step.cursors, x.to(self.in_proj.weight.dtype)  # mixers may be float32 in a bfloat16 body
+        projected = dispatch.norm_linear(
+            own, norm.weight.to(own.dtype), norm.eps, self.in_proj.weight, self.in_proj.bias
+        )
+        z, xBC, dt = projected.view(step.batch, step.length, -1).split(self.sections, dim=-1)
+        convolved, dt = dispatch.conv_ring_update(
+            xBC,
+            cache.conv,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            cursors.lengths,
+            step.slots,
+            self.config.conv_silu,
+            step.offset,
+            dt,
+            self.dt_bias,
+            cache.ring_x,
+            cache.ring_B,
+            cache.ring_dt,
+        )
+        x_new, B, C = self._split(convolved)
+        if cache.ring_x is None:
+            y = dispatch.ssd_update(cache.state, x_new[:, 0], dt[:, 0], cache.A, B[:, 0], C[:, 0], self.D, step.slots)
+        else:
+            y = dispatch.ssd_verify(
+                cache.state,
+                cache.ring_x,
+                cache.ring_B,
+                cache.ring_dt,
+                C,
+                cache.A,
+                self.D,
+                cursors.lengths,
+                cursors.folded,
+                step.slots,
+                step.window,
+                step.offset,
+            )
+        gated = self.norm(y.reshape(step.batch, step.length, -1), z)
+        return dispatch.linear_add(gated.view(x.shape[0], -1), self.out_proj.weight, own).to(x.dtype)
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
@@ -105,20 +139,3 @@ class Mamba2Mixer(nn.Module):
             B.unflatten(-1, (config.n_kv_heads, config.head_dim)),
             C.unflatten(-1, (config.n_heads, config.head_dim)),
         )
-
-    def _scan(
-        self, convolved: Tensor, dt: Tensor, seq_idx: Tensor | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        x, B, C = self._split(convolved)
-        return dispatch.ssd(x.device.type)(x, dt, -torch.exp(self.A_log), B, C, self.D, seq_idx, state)
-
-
-def _live(dt: Tensor, counts: Tensor) -> Tensor:
-    """(B, L, 1) float mask of the first counts[b] tokens."""
-    return (torch.arange(dt.shape[1], device=dt.device) < counts[:, None])[..., None].to(dt.dtype)
-
-
-def _conv_window(inputs: Tensor, counts: Tensor, d_conv: int) -> Tensor:
-    """The d_conv − 1 inputs before token counts[b] of row b; `inputs` begins with the d_conv − 1 before the call."""
-    index = counts[:, None] + torch.arange(d_conv - 1, device=inputs.device)
-    return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))

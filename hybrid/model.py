@@ -1,4 +1,4 @@
-"""`HybridForCausalLM`: a Llama in which some layers mix tokens by Mamba-2 instead of attention.
+"""`HybridForCausalLM`: a Llama in which some layers mix tokens by Mamba instead of attention.
 
 One class is trained, scored and decoded with. Weight names are those of transformers' Llama, and `mamba.*` where a
 layer's attention was replaced, so a teacher's safetensors load as they are.
@@ -7,28 +7,20 @@ layer's attention was replaced, so a teacher's safetensors load as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
 
 from hybrid.attention import Attention, rope_frequencies, rope_tables
-from hybrid.cache import HybridCache, cache_bytes
+from hybrid.cache import Cursors, HybridCache, KVCache, Span, SSMCache, cache_bytes
 from hybrid.config import HybridConfig
+from hybrid.decode import DecodeStep, joined
+from hybrid.mamba1 import Mamba1Mixer
 from hybrid.mamba2 import Mamba2Mixer
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = x.float()
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+from hybrid.rms_norm import RMSNorm
+from kernels_ext import dispatch
 
 
 class MLP(nn.Module):
@@ -41,12 +33,20 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + mlp(norm(x)) for a few tokens (M, d_model)."""
+        gate_up = joined(self.gate_proj, self.up_proj)
+        return dispatch.linear_add(dispatch.norm_swiglu(x, norm.weight, norm.eps, gate_up), self.down_proj.weight, x)
+
+
+MIXERS: dict[str, type[Mamba2Mixer] | type[Mamba1Mixer]] = {"mamba2": Mamba2Mixer, "mamba1": Mamba1Mixer}
+
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is `self_attn` or `mamba`."""
 
     self_attn: Attention
-    mamba: Mamba2Mixer
+    mamba: Mamba2Mixer | Mamba1Mixer
 
     def __init__(self, config: HybridConfig, is_attention: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
         if is_attention:
             self.self_attn = Attention(config)
         else:
-            self.mamba = Mamba2Mixer(config)
+            self.mamba = MIXERS[config.mixer](config)
         self.is_attention = is_attention
 
 
@@ -117,38 +117,96 @@ class HybridForCausalLM(nn.Module):
         """Output of the final norm, (B, L, d_model).
 
         seq_idx (B, L): document number of each token of a packed row; documents see nothing of each other and positions
-        start anew. With a cache, row b appends counts[b] ≤ L tokens (all L if None); rows are right-padded, padding
-        is inert.
+        start anew. With a cache, slot b appends counts[b] ≤ L tokens (all L if None) and keeps them; rows are
+        right-padded, padding is inert. That is how prompts of any length are read; `decode` reads a few tokens, faster,
+        and keeps none by itself.
         """
         batch, length = tokens.shape
-        mask: Tensor | None
-        slots: Tensor | None
+        span: Span | None = None
+        positions = _positions(seq_idx, batch, length, tokens.device)
+        mask = _packed_mask(seq_idx)
         if cache is not None:
             if seq_idx is not None:
                 raise ValueError("packed rows (seq_idx) cannot be decoded with a cache: give each document its own row")
             if counts is None:
                 counts = torch.full((batch,), length, device=tokens.device)
-            mask, slots, positions = _cached_positions(cache, length)
-        else:
-            mask, slots = _packed_mask(seq_idx), None
-            positions = _positions(seq_idx, batch, length, tokens.device)
+            span = Span(cache.cursors.lengths.long(), counts.long())
+            mask, positions = _cached_mask(cache, span, length)
         x = embedding(tokens, self.model.embed_tokens.weight)
         rope = rope_tables(self.inv_freq, positions, x.dtype)
         for index, layer in enumerate(self.blocks):
             state = None if cache is None else cache.layers[index]
             normed = layer.input_layernorm(x)
             if layer.is_attention:
-                x = x + layer.self_attn(normed, rope, mask, state, slots)
+                x = x + layer.self_attn(normed, rope, mask, cast(KVCache | None, state), positions)
             else:
-                x = x + layer.mamba(normed, seq_idx, state, counts)
+                x = x + layer.mamba(normed, seq_idx, cast(SSMCache | None, state), span)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        if cache is not None:
-            assert counts is not None
-            cache.advance(counts)
+        if cache is not None and span is not None:
+            cache.fresh = False
+            for cursor in (cache.cursors.lengths, cache.cursors.folded):
+                cursor.copy_(span.start + span.counts)
         return self.model.norm(x)
 
-    def new_cache(self, batch: int, max_length: int) -> HybridCache:
-        return HybridCache(self.config, batch, max_length, self.device, self.dtype)
+    def decode(self, tokens: Tensor, cache: HybridCache, slots: Tensor, offset: int = 0, head: bool = True) -> Tensor:
+        """Logits (B·T, V) in float32 for a window of T tokens per row over the cache, none of which is kept.
+
+        tokens (B, T); slots (B,) int32: the cache's slot of each row, −1 for rows that are to be inert, whose logits
+        mean nothing. offset: tokens of the same round that were read before. Nothing waits for the device. A cache of
+        window 1 takes its token into the SSM states at once. head = False stops before the final norm and gives the
+        residual stream (B·T, d_model). Raises ValueError if the window is longer than the cache's.
+        """
+        batch, length = tokens.shape
+        if offset + length > cache.window:
+            raise ValueError(
+                f"{offset + length} tokens in one round, but the cache was made for a window of {cache.window}: "
+                "raise `window` (K + 1)"
+            )
+        step = DecodeStep(batch, length, slots, cache.cursors, cache.window, offset, cache.rope)
+        x = embedding(tokens, self.model.embed_tokens.weight).view(batch * length, -1)
+        for layer, state in zip(self.blocks, cache.layers, strict=True):
+            mixer: Any = layer.self_attn if layer.is_attention else layer.mamba
+            x = mixer.decode(x, layer.input_layernorm, state, step)
+            x = layer.mlp.decode(x, layer.post_attention_layernorm)
+        if not head:
+            return x
+        norm = self.model.norm
+        return dispatch.norm_linear(x, norm.weight, norm.eps, self.lm_head_weight, out_dtype=torch.float32)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """Replies to prompts; see `hybrid.generate.generate` for the options."""
+        from hybrid.generate import generate
+
+        return generate(self, prompts, max_new_tokens, **options)
+
+    def new_cache(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        window: int = 1,
+        ring: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        cursors: Cursors | None = None,
+    ) -> HybridCache:
+        """Empty state for `batch` rows; see `HybridCache`."""
+        cache = HybridCache(
+            self.config,
+            batch,
+            max_length,
+            self.device,
+            self.dtype,
+            mixer_dtype=next((b.mamba.in_proj.weight.dtype for b in self.blocks if not b.is_attention), None),
+            window=window,
+            ring=ring,
+            state_dtype=state_dtype,
+            cursors=cursors,
+        )
+        positions = torch.arange(max_length, device=self.device)[:, None].float()
+        angles = positions * self.inv_freq.to(self.device)
+        cache.rope = (angles.cos(), angles.sin())
+        cache.reset(self)
+        return cache
 
     def cache_bytes(self, batch: int, context: int) -> dict[str, int]:
         """Bytes of decoding state by kind for this model's data type."""
@@ -173,11 +231,13 @@ def _packed_mask(seq_idx: Tensor | None) -> Tensor | None:
     return same & torch.ones_like(same[0, 0]).tril()
 
 
-def _cached_positions(cache: HybridCache, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask (B, 1, L, S), slots and positions (B, L) for `length` new tokens per row."""
-    positions = cache.lengths[:, None] + torch.arange(length, device=cache.lengths.device)  # (B, L)
-    width = int(positions.max()) + 1
+def _cached_mask(cache: HybridCache, span: Span, length: int) -> tuple[Tensor | None, Tensor]:
+    """Mask (B, 1, L, S) and positions (B, L) for `length` new tokens per row; no mask if they are the first ones."""
+    positions = span.start[:, None] + torch.arange(length, device=span.start.device)  # (B, L)
+    width = length if cache.fresh else int(positions.max()) + 1
     if width > cache.max_length:
-        raise ValueError(f"cache of {cache.max_length} tokens is full: {width} wanted; ask for a longer one")
+        raise ValueError(f"cache of {cache.max_length} tokens is full: {width} wanted; raise max_length")
+    if cache.fresh:
+        return None, positions
     keys = torch.arange(width, device=positions.device)
-    return (keys <= positions[..., None])[:, None], positions, positions
+    return (keys <= positions[..., None])[:, None], positions

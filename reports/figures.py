@@ -31,7 +31,7 @@ def draw(twin: Mapping[str, Any]) -> dict[str, Any]:
         "curves": [c for stage in LOSS_UNITS if (c := _curves(variants, stage))],
         "memory": _memory(twin),
         "speed": _speed(twin),
-        "speculation": [c for c in (_speculation(variants, f) for f in ("tokens_per_verification", "speedup")) if c],
+        "speculation": _speculation(variants),
     }
 
 
@@ -178,23 +178,83 @@ def _speed(twin: Mapping[str, Any]) -> Markup | None:
     return line_chart("Decode speed against batch size", series, x, Axis("tokens per second", include=(0.0,)))
 
 
-def _speculation(variants: Sequence[Mapping[str, Any]], field: str) -> Markup | None:
+def _speculation(variants: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Greedy groups alone: acceptance by position and yield at the first batch, speed-up at every batch."""
+    groups = [
+        (f"{v['name']}, {g['draft']}", g)
+        for v in variants
+        if v["speculation"]
+        for g in v["speculation"]["groups"]
+        if not g["temperature"]
+    ]
+    batches = list(dict.fromkeys(g["batch"] for _, g in groups))
+    names = list(dict.fromkeys(name for name, _ in groups))
+    charts = []
+    for batch in batches:
+        chosen = [(name, slot(names.index(name)), g["rows"]) for name, g in groups if g["batch"] == batch]
+        if batch == batches[0]:
+            charts += [_by_position(chosen), _yield(chosen)]
+        charts.append(_speedup(chosen, batch))
+    return [chart for chart in charts if chart]
+
+
+SpeculationRows = Sequence[tuple[str, int, Sequence[Mapping[str, Any]]]]
+"""(series' name, style slot, rows of one draft and batch)."""
+
+
+def _by_position(chosen: SpeculationRows) -> Markup | None:
     series = []
-    for i, v in enumerate(variants):
-        marks = []
-        for row in (v["speculation"] or {}).get("rows", []):
-            if row[field] is None:
-                continue
-            spread = field == "tokens_per_verification"
-            note = f"{v['name']}, K={row['k']}: {number(row[field])}"
-            marks.append(
-                Point(row["k"], row[field], row["ci_low"] if spread else None, row["ci_high"] if spread else None, note)
+    for name, number_, rows in chosen:
+        longest = max(rows, key=lambda row: row["k"], default=None)
+        shares = (longest or {}).get("acceptance_by_position") or []
+        marks = [
+            Point(i, a, note=f"{name}: {percent(a)} at position {i}") for i, a in enumerate(shares, 1) if a is not None
+        ]
+        series.append(Series(name, number_, marks))
+    return _over_k(
+        "Acceptance by position, of the longest window",
+        series,
+        "position in the window; all before it accepted",
+        Axis("accepted", include=(0.0, 1.0), show=lambda share: f"{100 * share:.0f} %"),
+    )
+
+
+def _yield(chosen: SpeculationRows) -> Markup | None:
+    series = []
+    for name, number_, rows in chosen:
+        marks = [
+            Point(
+                row["k"],
+                row["tokens_per_verification"],
+                row["ci_low"],
+                row["ci_high"],
+                f"{name}, K={row['k']}: {number(row['tokens_per_verification'])}",
             )
-        series.append(Series(v["name"], slot(i), marks))
+            for row in rows
+            if row["tokens_per_verification"] is not None
+        ]
+        series.append(Series(name, number_, marks))
+    axis = Axis("tokens per verification")
+    return _over_k("Tokens gained per verification", series, "K, drafted tokens", axis, rule=1.0)
+
+
+def _speedup(chosen: SpeculationRows, batch: int) -> Markup | None:
+    series = []
+    for name, number_, rows in chosen:
+        for field, label in (("speedup", name), ("predicted_speedup", f"{name}, predicted")):
+            marks = [
+                Point(row["k"], row[field], note=f"{label}, K={row['k']}: {number(row[field])}×")
+                for row in rows
+                if row[field] is not None
+            ]
+            predicted = field != "speedup"
+            series.append(Series(label, number_, marks, markers=not predicted, dashed=predicted))
+    title = f"Speed against plain greedy decoding, batch {batch}"
+    return _over_k(title, series, "K, drafted tokens", Axis("speed, × plain greedy"), rule=1.0)
+
+
+def _over_k(title: str, series: Sequence[Series], label: str, y: Axis, rule: float | None = None) -> Markup | None:
     ks = sorted({p.x for s in series for p in s.points})
     if not ks:
         return None
-    x = Axis("K, drafted tokens", ticks=[(k, tick(k)) for k in ks])
-    if field == "speedup":
-        return line_chart("Speed against plain greedy decoding", series, x, Axis("speed, × plain greedy"), rule=1.0)
-    return line_chart("Tokens gained per verification", series, x, Axis("tokens per verification"), rule=1.0)
+    return line_chart(title, series, Axis(label, ticks=[(k, tick(k)) for k in ks]), y, rule=rule)

@@ -22,9 +22,15 @@ COMPARISON = (
     *("ci_high", "bound", "p", "p_holm", "test", "flips_up", "flips_down", "mde", "delta", "verdict"),
 )
 SPECULATION = (
-    *("k", "acceptance", "acceptance_by_position", "tokens_per_verification", "ci_low", "ci_high"),
-    *("tokens_per_second", "speedup", "identical_to_greedy", "verifications"),
+    *("k", "acceptance", "effective_acceptance", "acceptance_by_position", "proposed", "accepted", "verifications"),
+    *("tokens_per_verification", "ci_low", "ci_high", "tokens_per_second", "speedup", "steady_speedup"),
+    *("predicted_speedup", "break_even_acceptance", "ssm_bytes_per_round", "ssm_microseconds"),
+    *("copy_bandwidth_share", "peak_memory_bytes", "identical_to_greedy"),
 )
+PHASES = ("draft", "verify", "accept", "other", "round")
+CACHE = ("kv", "ssm", "conv", "ring")
+IDENTITY = ("exact", "near_tie", "wrong", "largest_gap")
+DRAFT = ("kind", "parameters", "steps", "tokens", "loss_first", "loss_last", "text", "start", "held_out")
 
 Interval = Callable[[float, int], tuple[float, float]]
 """(successes, n) → 95 % interval of the share."""
@@ -133,7 +139,7 @@ def _variant(
         "training": training,
         "benchmark": benchmark,
         "comparisons": [_named(c, COMPARISON) for c in found.comparisons] if found else [],
-        "speculation": _speculation(data.speculation.get(name)),
+        "speculation": _speculation(data.speculation.get(name), own),
         "against_teacher": _against(benchmark, teacher),
     }
     variant["headline"] = headline(variant, teacher)
@@ -238,11 +244,31 @@ def _against(benchmark: Mapping[str, Any] | None, teacher: Mapping[str, Any] | N
     }
 
 
-def _speculation(profile: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _speculation(profile: Mapping[str, Any] | None, own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The profile, on what it was measured, and how its draft was made, if it was; own: stage → record."""
     if not profile:
         return None
-    rows = [_named(row, SPECULATION) for row in profile.get("rows") or []]
-    return _named(profile, ("best_k", "draft", "prompts", "new_tokens")) | {"rows": rows}
+    draft = own.get("draft")
+    names = ("synthetic", "injected_acceptance", "dtype", "new_tokens", "copy_bandwidth", "identity_rule", "parameters")
+    return _named(profile, names) | {
+        "device": own.get("speculative_profile", {}).get("device"),
+        "draft": _named(draft["summary"], DRAFT) if draft else None,
+        "best": _named(profile.get("best") or {}, ("draft", "batch", "best_k", "speedup")),
+        "groups": [
+            _named(group, ("draft", "batch", "temperature", "prompts", "best_k"))
+            | {"rows": [_speculation_row(row) for row in group.get("rows") or []]}
+            for group in profile.get("groups") or []
+        ],
+    }
+
+
+def _speculation_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    identity = row.get("identity")
+    return _named(row, SPECULATION) | {
+        "milliseconds": _named(row.get("milliseconds") or {}, PHASES),
+        "cache_bytes": _named(row.get("cache_bytes") or {}, CACHE),
+        "identity": _named(identity, IDENTITY) if identity else None,
+    }
 
 
 def _samples(data: RunData, limit: int) -> list[dict[str, Any]]:

@@ -151,12 +151,33 @@ def _cost(against: Mapping[str, Any], benchmark: Mapping[str, Any]) -> str:
 def _speculation(profile: Mapping[str, Any] | None) -> str:
     if profile is None:
         return ""
-    best = next((r for r in profile["rows"] if r["k"] == profile["best_k"]), None)
+    best = best_row(profile)
     if best is None or not best["k"] or best["speedup"] is None:
         return ""
-    same = "output identical to plain greedy" if best["identical_to_greedy"] else "output NOT identical to plain greedy"
+    at = profile["best"]
     speed = f"{ratio(best['speedup'])} plain greedy at K={best['k']}"
-    return f"Speculative decoding with {profile['draft']} drafts: {speed}, {same}."
+    if profile["synthetic"]:
+        rate = percent(profile["injected_acceptance"])
+        return f"SYNTHETIC speculation, {rate} of the proposals accepted unseen: {speed} (batch {at['batch']})."
+    return f"Speculative decoding with {at['draft']} drafts: {speed}, {_sameness(best)} (batch {at['batch']})."
+
+
+def best_row(profile: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The fastest row at the first batch, greedy."""
+    best = profile["best"]
+    for group in profile["groups"]:
+        if (group["draft"], group["batch"], group["temperature"]) == (best["draft"], best["batch"], 0.0):
+            return next((row for row in group["rows"] if row["k"] == best["best_k"]), None)
+    return None
+
+
+def _sameness(row: Mapping[str, Any]) -> str:
+    if row["identical_to_greedy"] is None:
+        return "output not compared with plain greedy"
+    if not row["identical_to_greedy"]:
+        return "output NOT identical to plain greedy"
+    ties = (row["identity"] or {}).get("near_tie")
+    return "output identical to plain greedy" + (f" up to the first near-tie in {ties} replies" if ties else "")
 
 
 def _benchmark_flags(benchmark: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> list[Flag]:
@@ -245,10 +266,17 @@ def _speculation_flags(profile: Mapping[str, Any] | None) -> list[Flag]:
     if profile is None:
         return [_flag("note", "Not run: speculative_profile.")]
     flags = []
-    unlike = [str(r["k"]) for r in profile["rows"] if r["identical_to_greedy"] is False]
-    if unlike:
-        flags.append(_flag("serious", f"Speculative output differs from plain greedy at K = {', '.join(unlike)}."))
-    speedups = [r["speedup"] for r in profile["rows"] if r["k"] and r["speedup"] is not None]
-    if speedups and max(speedups) <= 1:
-        flags.append(_flag("note", f"Speculation is at no K faster than plain greedy (best {ratio(max(speedups))})."))
+    if profile["synthetic"]:
+        flags.append(_flag("caution", "Speculation is SYNTHETIC: acceptance was injected, not measured."))
+    for group in profile["groups"]:
+        unlike = [str(row["k"]) for row in group["rows"] if row["identical_to_greedy"] is False]
+        if unlike:
+            which = f"{group['draft']} draft, batch {group['batch']}"
+            flags.append(
+                _flag("serious", f"Speculative output ({which}) differs from plain greedy at K = {', '.join(unlike)}.")
+            )
+    rows = [row for group in profile["groups"] for row in group["rows"] if row["k"] and row["speedup"] is not None]
+    if rows and max(row["speedup"] for row in rows) <= 1:
+        best = ratio(max(row["speedup"] for row in rows))
+        flags.append(_flag("note", f"Speculation is at no K faster than plain greedy (best {best})."))
     return flags

@@ -133,6 +133,10 @@ class TrainConfig(Model):
     def _list_is_a_pair(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @property
+    def runs(self) -> bool:
+        return self.enabled and self.steps > 0
+
 
 class AlignConfig(TrainConfig):
     """Fit every mixer to the attention that it replaces; only mixers train, so `rest_lr` must stay 0."""
@@ -185,14 +189,88 @@ class BenchmarkConfig(Model):
     """δ: a student is non-inferior if the lower end of the one-sided 95 % interval lies above −δ."""
 
 
-class SpeculativeConfig(Model):
-    enabled: bool = True
-    draft: Literal["ngram"] = "ngram"
-    max_k: NonNegativeInt = 6
+class DraftConfig(TrainConfig):
+    """What proposes tokens for speculative decoding, and how it is trained if it is made of the student's layers."""
+
+    kind: str = "ngram"
+    """`ngram`: look-up in the text so far, no weights, no training. `layers:[0, 29]`: these layers of the student,
+    trained against the student on text of its own. `checkpoint:SOURCE`: a model with the same tokenizer, SOURCE as
+    `teacher.source`."""
     ngram: PositiveInt = 3
-    """Longest suffix looked up in the text so far."""
+    """Longest suffix looked up in the text so far, by `ngram`."""
+    conversations: PositiveInt = 256
+    """Opening questions of the training conversations that the student answers for the draft to learn from."""
+    max_prompt_tokens: PositiveInt = 256
+    max_tokens: PositiveInt = 128
+    """Tokens in an answer."""
+    greedy_share: Fraction = 0.5
+    """Share of the answers that are greedy; the others are sampled."""
+    temperature: float = Field(default=1.0, ge=0.0, le=4.0)
+    """Of the sampled answers; 0 makes all of them greedy."""
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
+    generation_batch: PositiveInt = 64
+    loss: Literal["forward", "reverse", "jsd"] = "forward"
+    mixer_lr: float = Field(default=1e-3, ge=0.0, le=1.0)
+    rest_lr: float = Field(default=1e-3, ge=0.0, le=1.0)
+
+    @field_validator("kind")
+    @classmethod
+    def _kind_is_known(cls, value: str) -> str:
+        if value == "ngram" or re.match(r"checkpoint:(wheel|hf|file):.+", value):
+            return value
+        listed = re.fullmatch(r"layers:\[([0-9, ]*)\]", value)
+        if not listed:
+            raise ValueError(f"given {value!r}; expected ngram, layers:[0, 29] or checkpoint:SOURCE")
+        layers = _layer_numbers(listed[1])
+        if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+            raise ValueError(f"given {value!r}; expected at least one layer number, each larger than the one before")
+        return value
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of the student that the draft is made of; empty for other kinds."""
+        return _layer_numbers(self.kind[8:-1]) if self.kind.startswith("layers:") else ()
+
+    @property
+    def source(self) -> str:
+        """The source of a `checkpoint:`; empty for other kinds."""
+        return self.kind.partition(":")[2] if self.kind.startswith("checkpoint:") else ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether there are weights to make or fetch."""
+        return self.enabled and (bool(self.source) or (bool(self.layers) and self.steps > 0))
+
+
+def _layer_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        return ()
+
+
+class SpeculativeConfig(Model):
+    """Decoding with drafts of 0 to `max_k` tokens; which draft is the section `draft`'s affair."""
+
+    enabled: bool = True
+    max_k: NonNegativeInt = 4
+    batches: list[PositiveInt] = Field(default=[1], min_length=1)
+    """Sequences decoded at once; one table each."""
     prompts: PositiveInt = 8
+    """Opening questions of held-out conversations; a batch takes as many as it has rows where that is more."""
     new_tokens: PositiveInt = 96
+    sampling_temperature: float = Field(default=0.0, ge=0.0, le=4.0)
+    """Also decode at this temperature; 0: greedily alone."""
+    injected_acceptance: Fraction = 0.0
+    """Accept drafted tokens at this rate whatever they are, to profile the speed of a shape without trained weights;
+    all figures are then labelled synthetic. 0 measures."""
+
+    @field_validator("batches")
+    @classmethod
+    def _batches_differ(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"given {value}; expected each batch once")
+        return value
 
 
 class ReportConfig(Model):
@@ -204,6 +282,14 @@ class InitStageConfig(InitConfig):
     """What the stage init_from_attention is handed: its own section and the variant's attention setting."""
 
     attention: Attention = "1/2"
+
+
+class SpeculativeStageConfig(SpeculativeConfig):
+    """What the stage speculative_profile is handed: its own section, and what it needs to know of the draft."""
+
+    ngram: PositiveInt = 3
+    draft: str = "ngram"
+    """`draft.kind` where the stage draft leaves weights, else `ngram`."""
 
 
 # What a variant may change for itself; all else is shared, so that variants are measured alike.
@@ -235,6 +321,7 @@ class ResourcesConfig(Model):
     kl_distill: Resources = Resources()
     sft: Resources = Resources()
     dpo: Resources = Resources()
+    draft: Resources = Resources()
     benchmark: Resources = Resources()
     speculative_profile: Resources = Resources()
     report: Resources = Resources(memory=2048)
@@ -258,6 +345,7 @@ class Config(Model):
     kl_distill: KLConfig = KLConfig()
     sft: SFTConfig = SFTConfig()
     dpo: DPOConfig = DPOConfig()
+    draft: DraftConfig = DraftConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     speculative_profile: SpeculativeConfig = SpeculativeConfig()
     report: ReportConfig = ReportConfig()

@@ -22,7 +22,7 @@ from typing import Any
 from corpora import sources
 from stage_store import SCHEMA, Checkpoints, StageRef, Store, code_modules, stage_key
 from steps import device, provenance
-from steps.config import Config, InitStageConfig, Model, TrainConfig, store_url
+from steps.config import Config, InitStageConfig, Model, SpeculativeStageConfig, TrainConfig, store_url
 from steps.stage import Progress, StageContext
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,11 @@ class Stage:
     module:          has `run(config, inputs, out, context) -> summary`.
     inputs:          roles: stage names, "student" (the nearest enabled stage before it that makes one) and
                      "teacher_rows" (benchmark_teacher).
+    optional:        roles that it can do without, where the stage that plays them is switched off.
     section:         the part of the configuration that it is handed, its name if empty.
     settings:        top-level leaves that the result depends on besides; they reach it through the context.
-    sources:         leaves of its section that hold source strings: what these name enters the key by content.
+    sources:         attributes of its section that hold source strings: what these name enters the key by content.
+    no_result:       leaves of its section, besides NO_RESULT, that cannot change what it writes.
     per_variant:     False for what all variants share.
     hardware_in_key: True where speed is measured.
     version:         raised by hand where a result changes and the code hash cannot see why.
@@ -63,9 +65,11 @@ class Stage:
     name: str
     module: str
     inputs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     section: str = ""
     settings: tuple[str, ...] = ("seed", "compute")
     sources: tuple[str, ...] = ()
+    no_result: tuple[str, ...] = ()
     per_variant: bool = True
     hardware_in_key: bool = False
     version: int = 1
@@ -73,16 +77,22 @@ class Stage:
     def config(self, config: Config, variant: str) -> Model:
         """Its slice; `config` is the variant's own.
 
-        init_from_attention is handed an InitStageConfig: its section and the variant's `attention` in one model.
+        init_from_attention is handed the variant's `attention` besides its section, speculative_profile what it needs
+        of the section `draft`.
         """
         section: Model = getattr(config, self.section or self.name)
         if self.name == "init_from_attention":
             return InitStageConfig(**section.model_dump(), attention=config.variants[variant].attention)
+        if self.name == "speculative_profile":
+            draft = config.draft
+            return SpeculativeStageConfig(
+                **section.model_dump(), ngram=draft.ngram, draft=draft.kind if draft.runs else "ngram"
+            )
         return section
 
     def enabled(self, config: Config) -> bool:
         section = getattr(config, self.section or self.name)
-        return getattr(section, "enabled", True) and not (isinstance(section, TrainConfig) and section.steps == 0)
+        return section.runs if isinstance(section, TrainConfig) else getattr(section, "enabled", True)
 
 
 STAGES = (
@@ -107,8 +117,15 @@ STAGES = (
     Stage("kl_distill", "steps.kl_distill", ("teacher", "corpus", "student")),
     Stage("sft", "steps.sft", ("teacher", "corpus", "student")),
     Stage("dpo", "steps.dpo", ("teacher", "corpus", "student")),
+    Stage("draft", "steps.draft", ("corpus", "student"), sources=("source",), no_result=("ngram",)),
     Stage("benchmark", "steps.benchmark", ("teacher", "corpus", "student", "teacher_rows"), hardware_in_key=True),
-    Stage("speculative_profile", "steps.speculative_profile", ("teacher", "corpus", "student"), hardware_in_key=True),
+    Stage(
+        "speculative_profile",
+        "steps.speculative_profile",
+        ("corpus", "student"),
+        optional=("draft",),
+        hardware_in_key=True,
+    ),
 )
 """In the order of the flow. The report is not among them: it tells of one run, so it is made anew (`steps.lineage`)."""
 
@@ -176,18 +193,20 @@ def _upstream(stage: Stage, refs: Mapping[str, Any]) -> dict[str, Any]:
     roles = {**refs, "teacher_rows": refs.get("benchmark_teacher")}
     if students:
         roles["student"] = refs[students[-1]]
-    return {role: roles[role] for role in stage.inputs}
+    present = [role for role in stage.optional if role in roles]
+    return {role: roles[role] for role in (*stage.inputs, *present)}
 
 
 def payload_of(stage: Stage, variant: str, own: Config, refs: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """All that the stage's result depends on; its sha256 is the key."""
-    section = stage.config(own, variant).model_dump(mode="json", exclude=NO_RESULT)
+    section = stage.config(own, variant)
+    leaves = section.model_dump(mode="json", exclude=NO_RESULT | set(stage.no_result))
     code = code_modules(stage.module, root, FIRST_PARTY)
     payload = {
         "schema": SCHEMA,
         "stage": stage.name,
         "version": stage.version,
-        "config": section | {leaf: getattr(own, leaf) for leaf in stage.settings},
+        "config": leaves | {leaf: getattr(own, leaf) for leaf in stage.settings},
         "code": {name: digest for name, digest in code.items() if name not in NOT_CODE},
         "data": {text: sources.fingerprint(text, root) for text in _source_texts(stage, section)},
         "upstream": {role: ref["key"] for role, ref in _upstream(stage, refs).items()},
@@ -197,10 +216,11 @@ def payload_of(stage: Stage, variant: str, own: Config, refs: Mapping[str, Any],
     return payload
 
 
-def _source_texts(stage: Stage, section: Mapping[str, Any]) -> list[str]:
+def _source_texts(stage: Stage, section: Model) -> list[str]:
     texts: list[str] = []
-    for leaf in stage.sources:
-        texts += [section[leaf]] if isinstance(section[leaf], str) else section[leaf]
+    for name in stage.sources:
+        value = getattr(section, name)
+        texts += [value] if isinstance(value, str) else value
     return [text for text in texts if text]
 
 

@@ -29,7 +29,8 @@ def shell_lines() -> list[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda p: p.name)
 def test_every_configuration_parses_and_can_be_planned(path: Path) -> None:
     settings = config.load(path)
-    assert {stage.name for stage in pipeline.STAGES if stage.enabled(settings)} == {s.name for s in pipeline.STAGES}
+    off = {stage.name for stage in pipeline.STAGES if not stage.enabled(settings)}
+    assert off == ({"draft"} if settings.draft.kind == "ngram" else set())
 
 
 def test_the_readmes_example_configuration_parses_on_top_of_the_default() -> None:

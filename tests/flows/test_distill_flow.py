@@ -31,9 +31,9 @@ def test_a_first_run_runs_every_stage_and_makes_the_report(finished):
     plan = plan_of(said)
     assert list(plan) == [
         *("teacher", "corpus", "benchmark_teacher", "half/init_from_attention", "half/align", "half/kl_distill"),
-        *("half/sft", "half/dpo", "half/benchmark", "half/speculative_profile"),
+        *("half/sft", "half/dpo", "half/draft", "half/benchmark", "half/speculative_profile"),
     ]
-    off = {"half/align", "half/sft", "half/speculative_profile"}
+    off = {"half/align", "half/sft", "half/draft", "half/speculative_profile"}
     assert {label for label, state in plan.items() if state == "off"} == off
     assert project.executed() == ["teacher", "corpus", "benchmark", *STAGES_OF_HALF, "benchmark"]
     (page,) = (project.root / "reports" / "out").glob("*/report.html")
@@ -78,11 +78,15 @@ def test_steps_declare_the_resources_of_the_configuration(finished):
 
 def test_a_second_variant_joins_and_only_its_stages_run(again):
     changes = ["--set", 'variants.none.attention="0"', "--set", "speculative_profile.enabled=true"]
+    changes += ["--set", "draft.kind=layers:[0, 1]"]
     code, said = again.call("run", *changes, MAMBALLAMA_LIVE_CARDS="0")
     assert code == 0, said
-    new = {f"none/{stage}" for stage in (*STAGES_OF_HALF, "benchmark", "speculative_profile")}
-    assert {label for label, state in plan_of(said).items() if state == "run"} == new | {"half/speculative_profile"}
-    assert sorted(again.executed()) == sorted([*STAGES_OF_HALF, "benchmark", *2 * ["speculative_profile"]])
+    new = {f"none/{stage}" for stage in (*STAGES_OF_HALF, "benchmark", "draft", "speculative_profile")}
+    new |= {"half/draft", "half/speculative_profile"}
+    assert {label for label, state in plan_of(said).items() if state == "run"} == new
+    assert sorted(again.executed()) == sorted([*STAGES_OF_HALF, "benchmark", *2 * ["draft", "speculative_profile"]])
+    first = {name: again.executed().index(name) for name in ("draft", "speculative_profile")}
+    assert first["draft"] < first["speculative_profile"]
     page = max((again.root / "reports" / "out").glob("*/report.html"), key=lambda path: path.stat().st_mtime)
     assert "<li>half.benchmark</li>" in page.read_text() and "<li>none.benchmark</li>" in page.read_text()
 

@@ -74,8 +74,18 @@ decode_tokens = 4
 samples = 2
 sample_tokens = 6
 
+[draft]
+kind = "layers:[0, 3]"
+conversations = 20
+max_tokens = 12
+generation_batch = 8
+steps = 20
+seq_len = 32
+checkpoint_every = 5
+
 [speculative_profile]
 max_k = 2
+batches = [1, 2]
 prompts = 3
 new_tokens = 12
 """
@@ -142,7 +152,12 @@ def test_a_run_ends_in_a_report_of_teacher_and_both_variants(project: Project, f
     for variant in twin["variants"]:
         assert all(stage["ran"] for stage in variant["quality"])
         assert variant["benchmark"]["fidelity"]["held_out"]["documents"] == 6
-        assert all(row["identical_to_greedy"] for row in variant["speculation"]["rows"])
+        groups = variant["speculation"]["groups"]
+        assert {(g["batch"], g["draft"]) for g in groups} == {
+            (b, d) for b in (1, 2) for d in ("ngram", "layers:[0, 3]")
+        }
+        assert all(row["identical_to_greedy"] for group in groups for row in group["rows"])
+        assert variant["speculation"]["draft"]["held_out"]["tokens"] > 0
     assert "<svg" in page.read_text()
 
 
@@ -157,7 +172,7 @@ def test_the_readmes_commands_that_need_a_run_are_understood(project: Project, f
 
 def test_an_identical_run_executes_no_stage(project: Project, first: str) -> None:
     said = project.run()
-    assert "plan: 0 of 17 stages to run" in said
+    assert "plan: 0 of 19 stages to run" in said
     assert "running on" not in said
 
 
@@ -172,5 +187,5 @@ def test_a_run_killed_while_it_trains_continues_to_the_same_weights(project: Pro
     process.communicate()
     assert len(disturbed.digest("kl_distill")) < 2, "both were finished before the kill: the test shows nothing"
     assert "continuing from step" in disturbed.run()
-    for stage in ("align", "kl_distill", "sft", "dpo"):
+    for stage in ("align", "kl_distill", "sft", "dpo", "draft"):
         assert disturbed.digest(stage) == project.digest(stage) != set()

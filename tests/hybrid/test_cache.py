@@ -1,4 +1,4 @@
-"""Unequal rows, roll-back and size of the decoding state."""
+"""Unequal rows, windows that are read without being kept, and size of the decoding state."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
-from hybrid.cache import HybridCache, KVCache, SSMCache
-from hybrid.generate import right_pad
+from hybrid.cache import HybridCache, KVCache, SSMCache, ring_slots
+from hybrid.engine import right_pad
 from tests.hybrid import tiny_hybrid
-from tests.hybrid.tiny_hybrid import prompts, tokens
+from tests.hybrid.tiny_hybrid import VOCAB, prompts, tokens
 
 
 @pytest.fixture(scope="module", params=[(1, 3), (), (0, 1, 2, 3)], ids=["hybrid", "mamba", "attention"])
@@ -25,6 +25,14 @@ def read(model: HybridForCausalLM, rows: list[list[int]], cache: HybridCache) ->
     return [logits[i, : len(row)] for i, row in enumerate(rows)]
 
 
+def keep(cache: HybridCache, counts: list[int]) -> None:
+    """What the end of a round does to the cursors."""
+    cursors = cache.cursors
+    due = cursors.lengths - cursors.folded + 2 * cache.window > cache.ring
+    cursors.folded.copy_(torch.where(due, cursors.lengths, cursors.folded))
+    cursors.lengths += torch.tensor(counts, dtype=torch.int32)
+
+
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -37,7 +45,7 @@ def test_ragged_rows_are_one_by_one(model):
     more = prompts(3, 1, 5, 2, seed=1)
     for row, new, logits in zip(rows, more, read(model, more, cache), strict=True):
         assert_close(logits, model(torch.tensor([row + new]))[0, len(row) :])
-    assert cache.lengths.tolist() == [10, 31, 6, 20]
+    assert cache.cursors.lengths.tolist() == cache.cursors.folded.tolist() == [10, 31, 6, 20]
 
 
 def test_what_the_padding_holds_does_not_matter(model):
@@ -56,74 +64,79 @@ def test_a_row_may_stand_still(model):
     cache = model.new_cache(2, 30)
     first, second = prompts(6, 6)
     read(model, [first, second], cache)
-    for token in (3, 4, 5):  # only row 1 goes on, by single steps
+    for token in (3, 4, 5):  # only row 1 goes on, by single tokens
         model(torch.tensor([[9], [token]]), cache=cache, counts=torch.tensor([0, 1]))
     model(torch.tensor([[9] * 4, [6, 7, 8, 1]]), cache=cache, counts=torch.tensor([0, 3]))
-    assert cache.lengths.tolist() == [6, 12]
+    assert cache.cursors.lengths.tolist() == [6, 12]
     one, other = read(model, [[11], [11]], cache)
     assert_close(one, model(torch.tensor([[*first, 11]]))[0, -1:])
     assert_close(other, model(torch.tensor([[*second, 3, 4, 5, 6, 7, 8, 11]]))[0, -1:])
 
 
-@pytest.mark.parametrize("window", [5, 20], ids=["short", "longer than grouped attention"])
-def test_rolled_back_is_never_seen(model, window):
-    rows = prompts(7, 21, 2, 12)
-    cache = model.new_cache(4, 90)
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_windows_are_the_full_pass_whatever_is_kept(model, window):
+    """Sixty-five rounds of random numbers of kept tokens, a row of them inert from the start."""
+    random = torch.Generator().manual_seed(window)
+    rows = [*prompts(2, 7, 1), [1]]
+    cache = model.new_cache(4, 65 * window + 16, window=window)
     read(model, rows, cache)
-    counts = [window, window, 3, window]
-    tried = prompts(*counts, seed=1)
-    read(model, tried, cache)
-    forget = [0, window, 1, window - 2]
-    cache.rollback(model, torch.tensor(forget))
-    kept = [row + new[: len(new) - gone] for row, new, gone in zip(rows, tried, forget, strict=True)]
-    assert cache.lengths.tolist() == [len(row) for row in kept]
-    fresh = model.new_cache(4, 90)
-    read(model, kept, fresh)
-    for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
-        if isinstance(ours, SSMCache):
-            assert_close(ours.state, theirs.state)
-            assert_close(ours.conv, theirs.conv)
-    for step in range(3):  # single steps, and then another roll-back
-        token = tokens(4, 1, seed=10 + step)
-        assert_close(model(token, cache=cache), model(token, cache=fresh))
-    last = tokens(4, 4, seed=20)
-    for c in (cache, fresh):
-        model(last, cache=c)
-        c.rollback(model, torch.tensor([4, 0, 1, 2]))
-    assert_close(model(last, cache=cache), model(last, cache=fresh))
+    slots = torch.tensor([0, 1, 2, -1], dtype=torch.int32)
+    inert = [t[3].clone() for layer in cache.layers for name, t in vars(layer).items() if t is not None and name != "A"]
+    for step in range(65):
+        tried = torch.randint(VOCAB, (4, window), generator=random)
+        logits = model.decode(tried, cache, slots).view(4, window, -1)
+        if step % 8 == 0:
+            for row in range(3):
+                text = rows[row] + tried[row].tolist()
+                assert_close(logits[row], model(torch.tensor([text]))[0, -window:])
+        kept = [window] * 3 if window == 1 else torch.randint(window + 1, (3,), generator=random).tolist()
+        keep(cache, [*kept, 0])
+        rows = [row + new[:n] for row, new, n in zip(rows, tried.tolist(), [*kept, 0], strict=True)]
+    assert cache.cursors.lengths.tolist() == [len(row) for row in rows]
+    assert min(len(row) for row in rows[:3]) > 1.5 * cache.ring, "the ring went round"
+    held = [t[3] for layer in cache.layers for name, t in vars(layer).items() if t is not None and name != "A"]
+    assert all(torch.equal(a, b) for a, b in zip(held, inert, strict=True))
 
 
-def test_rollback_in_two_goes_is_one(model):
-    caches = [model.new_cache(2, 40) for _ in range(2)]
-    for cache in caches:
+def test_a_window_may_be_read_in_parts(model):
+    whole, parts = (model.new_cache(2, 60, window=6) for _ in range(2))
+    slots = torch.arange(2, dtype=torch.int32)
+    for cache in (whole, parts):
         read(model, prompts(9, 4), cache)
-        model(tokens(2, 6), cache=cache)
-    caches[0].rollback(model, torch.tensor([1, 3]))
-    caches[0].rollback(model, torch.tensor([4, 0]))
-    caches[1].rollback(model, torch.tensor([5, 3]))
-    assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == [10, 7]
-    step = tokens(2, 1, seed=5)
-    assert_close(model(step, cache=caches[0]), model(step, cache=caches[1]))
+    for step in range(9):  # far enough for a fold
+        new = tokens(2, 6, seed=step)
+        at_once = model.decode(new, whole, slots).view(2, 6, -1)
+        one = model.decode(new[:, :1], parts, slots).view(2, 1, -1)
+        two = model.decode(new[:, 1:4], parts, slots, offset=1).view(2, 3, -1)
+        rest = model.decode(new[:, 4:], parts, slots, offset=4).view(2, 2, -1)
+        assert_close(torch.cat([one, two, rest], dim=1), at_once)
+        for cache in (whole, parts):
+            keep(cache, [5, 2])
 
 
-def test_rolling_back_a_single_step(model):
-    cache = model.new_cache(2, 20)
-    rows = prompts(9, 4)
+def test_slots_used_before_are_as_good_as_new(model):
+    cache = model.new_cache(2, 40, window=4)
+    slots = torch.arange(2, dtype=torch.int32)
+    read(model, prompts(20, 25, seed=7), cache)
+    model.decode(tokens(2, 4), cache, slots)
+    keep(cache, [4, 2])
+    cache.reset(model)
+    rows = prompts(3, 1)
     read(model, rows, cache)
-    model(tokens(2, 1), cache=cache)
-    cache.rollback(model, torch.tensor([1, 0]))
-    ours = model(torch.tensor([[8], [8]]), cache=cache)
-    assert_close(ours[0], model(torch.tensor([[*rows[0], 8]]))[0, -1:])
-    assert_close(ours[1], model(torch.tensor([[*rows[1], int(tokens(2, 1)[1]), 8]]))[0, -1:])
+    new = tokens(2, 4, seed=3)
+    logits = model.decode(new, cache, slots).view(2, 4, -1)
+    for row in range(2):
+        assert_close(logits[row], model(torch.tensor([rows[row] + new[row].tolist()]))[0, -4:])
 
 
-@pytest.mark.parametrize("forget", [[4, 0], [0, -1], [0, 3]])
-def test_only_the_last_call_can_be_forgotten(model, forget):
-    cache = model.new_cache(2, 20)
-    read(model, prompts(9, 4), cache)
-    read(model, prompts(3, 2), cache)
-    with pytest.raises(ValueError, match=r"the last call appended \[3, 2\]"):
-        cache.rollback(model, torch.tensor(forget))
+def test_some_rows_of_a_cache_are_a_cache(model):
+    cache, rows = model.new_cache(4, 30), prompts(7, 12, 5, 3)
+    for start in (0, 2):
+        read(model, rows[start : start + 2], cache.rows(start, start + 2))
+    cache.fresh = False
+    assert cache.cursors.lengths.tolist() == [7, 12, 5, 3]
+    for row, logits in zip(rows, read(model, [[4]] * 4, cache), strict=True):
+        assert_close(logits, model(torch.tensor([[*row, 4]]))[0, -1:])
 
 
 def test_a_full_cache_says_so(model):
@@ -133,13 +146,33 @@ def test_a_full_cache_says_so(model):
         model(tokens(1, 1), cache=cache)
 
 
+def test_too_long_a_window_is_refused(model):
+    cache = model.new_cache(1, 20, window=3)
+    with pytest.raises(ValueError, match="4 tokens in one round.*window of 3"):
+        model.decode(tokens(1, 4), cache, torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="5 tokens in one round"):
+        model.decode(tokens(1, 2), cache, torch.zeros(1, dtype=torch.int32), offset=3)
+
+
+def test_too_short_a_ring_is_refused(model):
+    with pytest.raises(ValueError, match="ring of 9 slots.*windows of 5 tokens.*at least 10"):
+        model.new_cache(1, 20, window=5, ring=9)
+
+
+def test_rings_hold_two_windows():
+    config = tiny_hybrid.config()
+    assert [ring_slots(config, window) for window in (2, 9, 16, 17)] == [32, 32, 32, 64]
+
+
 def test_bytes_are_those_that_are_held(model):
     cache = model.new_cache(3, 50)
-    held = {"kv": 0, "ssm": 0, "conv": 0}
+    held = {"kv": 0, "ssm": 0, "conv": 0, "ring": 0}
     for state in cache.layers:
         if isinstance(state, KVCache):
             held["kv"] += state.k.nbytes + state.v.nbytes
         else:
             held["ssm"] += state.state.nbytes
             held["conv"] += state.conv.nbytes
-    assert model.cache_bytes(3, 50) == held
+    assert cache.bytes() == held
+    assert model.cache_bytes(3, 50) | {"ring": 0} == held
+    assert (model.new_cache(3, 50, window=4).bytes()["ring"] > 0) == bool(model.config.mamba_layers)

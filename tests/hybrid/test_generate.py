@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from hybrid import HybridForCausalLM, load_pretrained, save_pretrained
-from hybrid import generate as generate_module
-from hybrid.generate import filtered_probabilities, generate
+from hybrid.generate import Generator, generate
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import VOCAB, greedy, prompts
 
@@ -54,8 +52,8 @@ def test_callback_sees_every_step(hybrid):
     steps = []
     plain = generate(hybrid, PROMPTS, 6)
     replies = generate(hybrid, PROMPTS, 6, eos_token_ids=[plain[2][1]], callback=lambda t: steps.append(t.tolist()))
-    assert [[t for t in row if t >= 0] for row in zip(*steps, strict=True)] == replies
-    assert [row[2] for row in steps][2:] == [-1] * (len(steps) - 2), "ended rows give −1"
+    assert [[t for (t,) in row if t >= 0] for row in zip(*steps, strict=True)] == replies
+    assert [row[2] for row in steps][2:] == [[-1]] * (len(steps) - 2), "ended rows give −1"
 
 
 def test_stops_when_all_have_ended(hybrid):
@@ -84,6 +82,50 @@ def test_a_cold_distribution_is_greedy(hybrid):
     assert generate(hybrid, PROMPTS, 8, temperature=2.0, top_p=1e-6) == plain
 
 
+def test_the_model_has_it_as_a_method(hybrid):
+    assert hybrid.generate(PROMPTS, 5, eos_token_ids=()) == generate(hybrid, PROMPTS, 5, eos_token_ids=())
+
+
+def test_a_generator_keeps_its_buffers_while_they_fit(hybrid):
+    keep = Generator()
+    first = keep(hybrid, PROMPTS, 6, temperature=1.0, seed=1)
+    engine = keep.engine
+    assert keep(hybrid, PROMPTS, 6, temperature=1.0, seed=2) != first
+    assert keep(hybrid, PROMPTS, 6, temperature=1.0, seed=1) == first
+    assert keep.engine is engine
+    assert keep(hybrid, PROMPTS[:2], 6) == generate(hybrid, PROMPTS[:2], 6)
+    assert keep.engine is not engine
+
+
+def test_weights_that_change_are_seen(hybrid):
+    """Training goes on in place between two calls, decays included."""
+    model, keep = tiny_hybrid.model(7), Generator()
+    keep(model, PROMPTS, 4)
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), hybrid.parameters(), strict=True):
+            ours.copy_(theirs)
+    assert keep(model, PROMPTS, 8) == generate(hybrid, PROMPTS, 8)
+    assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_decoding_leaves_the_weights_as_they_are(hybrid, tmp_path):
+    model = tiny_hybrid.model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    generate(model, PROMPTS, 3)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    save_pretrained(model, tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in loaded.named_parameters())
+    sizes = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert (tmp_path / "model.safetensors").stat().st_size < sizes + 20_000
+
+
+def test_autocast_around_it_does_not_matter(hybrid):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = generate(hybrid, PROMPTS, 8)
+    assert inside == generate(hybrid, PROMPTS, 8)
+
+
 @pytest.mark.parametrize("bad", [[], [[1, 2], []]])
 def test_empty_prompts_are_refused(hybrid, bad):
     with pytest.raises(ValueError, match="at least one token"):
@@ -93,57 +135,6 @@ def test_empty_prompts_are_refused(hybrid, bad):
 def test_nothing_to_generate_is_refused(hybrid):
     with pytest.raises(ValueError, match="max_new_tokens.*got 0"):
         generate(hybrid, PROMPTS, 0)
-
-
-def filtered_numpy(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """One row (V,) in float64."""
-    scaled = logits.astype(np.float64) / temperature
-    order = np.argsort(-scaled)
-    p = np.exp(scaled - scaled.max())
-    if top_k:
-        p[order[top_k:]] = 0.0
-    p /= p.sum()
-    kept, mass = np.zeros_like(p), 0.0
-    for token in order:
-        kept[token] = p[token]
-        mass += p[token]
-        if mass >= top_p:
-            break
-    return kept / kept.sum()
-
-
-@pytest.mark.parametrize("likely", [1024, 8], ids=["few looked at suffice", "whole vocabulary sorted"])
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.3), (1.3, 0, 0.95), (1.0, 20, 0.8), (1.0, 500, 0.9)],
-)
-def test_filtered_distribution(monkeypatch, likely, temperature, top_k, top_p):
-    monkeypatch.setattr(generate_module, "LIKELY", likely)
-    logits = 2 * torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
-    ours = filtered_probabilities(logits, temperature, top_k, top_p)
-    wanted = np.stack([filtered_numpy(row, temperature, top_k, top_p) for row in logits.numpy()])
-    np.testing.assert_array_equal(ours.numpy() > 0, wanted > 0)
-    np.testing.assert_allclose(ours.numpy(), wanted, rtol=1e-4, atol=1e-7)
-
-
-def test_one_flat_row_sends_all_rows_to_the_sort(monkeypatch):
-    monkeypatch.setattr(generate_module, "LIKELY", 4)
-    logits = torch.zeros(2, 50)
-    logits[0, :3] = 20.0
-    logits[1] = torch.linspace(0, 0.5, 50)
-    ours = filtered_probabilities(logits, 1.0, 0, 0.9)
-    for row in range(2):
-        np.testing.assert_allclose(ours[row].numpy(), filtered_numpy(logits[row].numpy(), 1.0, 0, 0.9), atol=1e-6)
-    assert (ours[1] > 0).sum() > 40
-
-
-def test_samples_follow_the_distribution(hybrid):
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(4000, -1)
-    drawn = generate_module.sample(logits, 1.0, 3, 1.0, torch.Generator().manual_seed(0))
-    shares = torch.bincount(drawn, minlength=4) / 4000
-    wanted = filtered_probabilities(logits[:1], 1.0, 3, 1.0)[0]
-    torch.testing.assert_close(shares, wanted, rtol=0, atol=0.03)
-    assert shares[3] == 0
 
 
 def test_a_student_as_it_is_saved_decodes_without_autocast(tmp_path):

@@ -112,7 +112,7 @@ def test_decoding_is_the_full_pass(attention, calls):
     cache = model.new_cache(2, 41)
     parts = [model(part, cache=cache) for part in text.split(calls, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(text), rtol=1e-4, atol=1e-4)
-    assert cache.lengths.tolist() == [41, 41]
+    assert cache.cursors.lengths.tolist() == [41, 41]
 
 
 def test_paper_convolution_decodes_too():

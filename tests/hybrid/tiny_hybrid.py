@@ -59,7 +59,7 @@ def greedy(model: HybridForCausalLM, prompt: Sequence[int], count: int) -> list[
     """The definition: the whole text is read anew for every token."""
     text = list(prompt)
     for _ in range(count):
-        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+        text.append(int(model(torch.tensor([text], device=model.device))[0, -1].argmax()))
     return text[len(prompt) :]
 
 

@@ -98,20 +98,45 @@ def benchmark_summary(name, rows):
     }
 
 
-def speculative_profile(name):
-    gain = 0.42 if name == "half" else 0.30
+def speculation_rows(gain, draft_ms):
     rows = []
     for k in range(7):
         mean = 1 + sum(gain ** (1 + 0.6 * i) for i in range(k))
+        verify = 38.0 + 0.5 * k if k else 38.0
+        times = {"draft": draft_ms * k, "verify": verify, "accept": 0.2, "other": 0.3}
         row = {"k": k, "acceptance": gain * (1 - 0.05 * k) if k else None, "tokens_per_verification": mean}
+        row |= {"effective_acceptance": 0.9 * gain * (1 - 0.05 * k) if k else None}
         row |= {"acceptance_by_position": [gain * 0.9**i for i in range(k)], "verifications": round(768 / mean)}
-        row |= {
-            "ci_low": mean - 0.06 * k,
-            "ci_high": mean + 0.06 * k,
-            "tokens_per_second": 26.0 * mean / (1 + 0.07 * k),
-        }
-        rows.append(row | {"speedup": mean / (1 + 0.07 * k), "identical_to_greedy": True})
-    return {"rows": rows, "best_k": 3 if name == "half" else 2, "draft": "ngram", "prompts": 8, "new_tokens": 96}
+        row |= {"proposed": k * 100, "accepted": k * 40, "ci_low": mean - 0.06 * k, "ci_high": mean + 0.06 * k}
+        row |= {"tokens_per_second": 26.0 * mean / (1 + 0.07 * k), "speedup": mean / (1 + 0.07 * k)}
+        row |= {"steady_speedup": mean / (1 + 0.065 * k), "predicted_speedup": mean / (1 + 0.06 * k)}
+        row |= {"break_even_acceptance": 0.06 if k else None, "milliseconds": times | {"round": sum(times.values())}}
+        row |= {"cache_bytes": {"kv": 4_000_000, "ssm": 1_100_000, "conv": 40_000, "ring": 300_000}}
+        row |= {"peak_memory_bytes": None, "ssm_bytes_per_round": 2e6, "ssm_microseconds": None}
+        row |= {"copy_bandwidth_share": None, "identical_to_greedy": True}
+        rows.append(row | {"identity": {"exact": 8, "near_tie": 0, "wrong": 0, "largest_gap": 0.0}})
+    return rows
+
+
+def speculative_profile(name):
+    gain = 0.42 if name == "half" else 0.30
+    group = {"batch": 1, "temperature": 0.0, "prompts": 8}
+    groups = [group | {"draft": "ngram", "best_k": 3 if name == "half" else 2, "rows": speculation_rows(gain, 0.0)}]
+    if name == "half":
+        groups.append(group | {"draft": "layers:[0, 14, 29]", "best_k": 1, "rows": speculation_rows(0.6 * gain, 2.0)})
+    return {
+        "synthetic": False,
+        "injected_acceptance": None,
+        "dtype": "float32",
+        "new_tokens": 96,
+        "max_k": 6,
+        "ngram": 3,
+        "parameters": {"student": 148_000_000},
+        "copy_bandwidth": None,
+        "identity_rule": "exact: the same tokens as plain greedy decoding.",
+        "best": {"draft": "ngram", "batch": 1, "best_k": groups[0]["best_k"], "speedup": 1.5},
+        "groups": groups,
+    }
 
 
 def stage(name, variant, number, **more):
@@ -136,6 +161,15 @@ def training(first, last, steps, kl):
         "curve": curve,
         "held_out": {"kl": kl, "top1": 0.92 * float(np.exp(-0.55 * kl))},
     }
+
+
+def drafted():
+    text = {"conversations": 6000, "tokens": 900_000, "reply_tokens": 700_000}
+    before, after = (
+        {"kl": kl, "top1": top1, "tokens": 2871, "conversations": 32} for kl, top1 in ((7.31, 0.08), (0.77, 0.644))
+    )
+    made = training(7.1, 0.8, 60, 0.0) | {"kind": "layers:[0, 14, 29]", "parameters": 38_000_000, "text": text}
+    return made | {"start": before, "held_out": after}
 
 
 def variant_stages(name, replaced, number, factor):
@@ -165,6 +199,7 @@ def variant_stages(name, replaced, number, factor):
         ),
         stage("sft", name, number + 3, summary=training(1.4, 1.3 * factor**0.1, 20, 0.62 * factor)),
         stage("dpo", name, number + 4, hit=None, seconds=None, device=None),
+        *([stage("draft", name, number + 7, summary=drafted())] if name == "half" else []),
         stage("benchmark", name, number + 5),
         stage("speculative_profile", name, number + 6),
     ]

@@ -267,3 +267,34 @@ def test_thin_keeps_ends():
 )
 def test_teacher_name(source, expected):
     assert teacher_name({"config": {"teacher": {"source": source}}}) == expected
+
+
+def test_speculation_shows_every_draft_with_what_was_predicted(built):
+    twin, html = built
+    text = body_text(html)
+    half = twin["variants"][0]["speculation"]
+    assert [g["draft"] for g in half["groups"]] == ["ngram", "layers:[0, 14, 29]"]
+    for title in ("Acceptance by position", "Tokens gained per verification", "against plain greedy decoding, batch 1"):
+        assert title in text
+    assert "half, layers:[0, 14, 29], predicted" in text
+    row = half["groups"][1]["rows"][2]
+    for shown in (row["speedup"], row["predicted_speedup"], row["steady_speedup"]):
+        assert f"{shown:.2f}×" in text
+    for phase in ("draft", "verify", "round"):
+        assert number(row["milliseconds"][phase]) in text
+    assert "8 exact" in text and "near-tie" not in text
+    assert "KL to the student 7.31 → 0.770 nats per token" in text
+    assert half["draft"]["kind"] == "layers:[0, 14, 29]" and twin["variants"][1]["speculation"]["draft"] is None
+    assert "SYNTHETIC" not in text
+
+
+def test_injected_acceptance_is_labelled_wherever_it_shows(example, tmp_path):
+    path = example["half.speculative_profile"] / "profile.json"
+    raw = json.loads(path.read_text()) | {"synthetic": True, "injected_acceptance": 0.7}
+    for group in raw["groups"]:
+        for row in group["rows"]:
+            row |= {"identity": None, "identical_to_greedy": None}
+    path.write_text(json.dumps(raw))
+    twin, html = build(example, tmp_path / "out")
+    assert twin["variants"][0]["speculation"]["synthetic"] is True
+    assert body_text(html).count("SYNTHETIC") >= 5  # headline, flag, label, and each of its two tables

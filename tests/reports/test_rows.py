@@ -10,7 +10,7 @@ def test_loads_what_ran_and_names_every_variant_in_order(example):
     assert data.variants == ["half", "quarter"]
     assert list(data.benchmarks) == ["teacher", "half", "quarter"]
     assert len(data.benchmarks["half"].comparisons) == 4
-    assert data.speculation["quarter"]["best_k"] == 2
+    assert data.speculation["quarter"]["best"]["best_k"] == 2
 
 
 def test_rows_carry_the_names_of_this_run(example):

@@ -5,7 +5,7 @@ import pytest
 from evals.stats import wilson
 from reports.rows import load
 from reports.twin import build_twin
-from reports.verdict import difference, reading, run_flags, tally, variant_flags
+from reports.verdict import difference, headline, reading, run_flags, tally, variant_flags
 
 
 @pytest.fixture
@@ -55,6 +55,27 @@ def test_headline_states_figures_with_n_and_baseline(twin):
     assert "1.50× plain greedy at K=3, output identical" in sentences
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"identity": {"near_tie": 2}}, "output identical to plain greedy up to the first near-tie in 2 replies"),
+        ({"identical_to_greedy": False}, "output NOT identical to plain greedy (batch 1)."),
+        ({"identical_to_greedy": None}, "output not compared with plain greedy (batch 1)."),
+    ],
+)
+def test_headline_says_what_was_checked_of_speculation(twin, change, said):
+    variant = copy.deepcopy(twin["variants"][0])
+    variant["speculation"]["groups"][0]["rows"][3].update(change)
+    assert said in " ".join(headline(variant, twin["teacher"]["benchmark"]))
+
+
+def test_headline_of_injected_acceptance_cannot_be_read_as_measured(twin):
+    variant = copy.deepcopy(twin["variants"][0])
+    variant["speculation"].update(synthetic=True, injected_acceptance=0.7)
+    (sentence,) = [s for s in headline(variant, None) if "plain greedy" in s]
+    assert sentence.startswith("SYNTHETIC speculation, 70.0\u202f% of the proposals accepted unseen: 1.50×")
+
+
 def test_flags_are_ordered_by_weight(twin):
     levels = [f["level"] for f in twin["variants"][1]["flags"]]
     assert levels == sorted(levels, key=["serious", "caution", "note"].index)
@@ -74,12 +95,17 @@ def test_flags_are_ordered_by_weight(twin):
         (lambda v: v["training"][0].update(loss_last=None), "serious", "align ended without a finite loss"),
         (lambda v: v["quality"][3].update(kl=0.9), "caution", "Held-out KL rose in sft: 0.630 → 0.900"),
         (
-            lambda v: v["speculation"]["rows"][3].update(identical_to_greedy=False),
+            lambda v: v["speculation"]["groups"][1]["rows"][3].update(identical_to_greedy=False),
             "serious",
-            "differs from plain greedy at K = 3",
+            "Speculative output (layers:[0, 14, 29] draft, batch 1) differs from plain greedy at K = 3.",
         ),
         (lambda v: v.update(speculation=None), "note", "Not run: speculative_profile."),
-        (lambda v: [r.update(speedup=0.8) for r in v["speculation"]["rows"]], "note", "at no K faster"),
+        (
+            lambda v: [r.update(speedup=0.8) for g in v["speculation"]["groups"] for r in g["rows"]],
+            "note",
+            "at no K faster than plain greedy (best 0.80×)",
+        ),
+        (lambda v: v["speculation"].update(synthetic=True), "caution", "Speculation is SYNTHETIC"),
     ],
 )
 def test_each_fault_raises_its_flag(twin, change, level, expected):
@@ -92,7 +118,7 @@ def test_each_fault_raises_its_flag(twin, change, level, expected):
 
 def test_cache_hits_and_missing_stages_are_told(twin):
     told = texts(twin["variants"][0]["flags"], "note")
-    assert "1 of 6 stages come from the cache: align." in told
+    assert "1 of 7 stages come from the cache: align." in told
     assert "Not run: dpo." in told
 
 

@@ -43,6 +43,15 @@ def parse(extra=""):
         ('[variants.b]\nset = { "dpo.bta" = 1 }', "variants.b.set: dpo.bta: unknown key"),
         ('[variants.b]\nset = { "corpus.max_tokens" = 1 }', "variants.b.set: corpus.max_tokens: is shared by all"),
         ('[benchmark]\ntasks = ["arc"]', "a.toml: benchmark.tasks.0: given 'arc'; input should be 'hellaswag_100'"),
+        ('[draft]\nkind = "eagle"', "a.toml: draft.kind: given 'eagle'; expected ngram, layers:[0, 29] or checkpoint:"),
+        ('[draft]\nkind = "layers:[]"', "given 'layers:[]'; expected at least one layer number"),
+        ('[draft]\nkind = "layers:[0, 0]"', "each larger than the one before"),
+        ('[draft]\nkind = "layers:[2, 1]"', "each larger than the one before"),
+        ('[draft]\nkind = "layers:[-1]"', "given 'layers:[-1]'; expected ngram, layers:[0, 29] or checkpoint:SOURCE"),
+        ('[draft]\nkind = "checkpoint:gone"', "given 'checkpoint:gone'; expected ngram"),
+        ("[speculative_profile]\nbatches = [1, 1]", "speculative_profile.batches: given [1, 1]; expected each batch"),
+        ("[speculative_profile]\nbatches = []", "speculative_profile.batches: given []; list should have at least 1"),
+        ("[speculative_profile]\nngram = 2", "speculative_profile.ngram: unknown key"),
         ("[dpo", "a.toml: not valid TOML"),
     ],
 )
@@ -119,6 +128,21 @@ def test_a_variant_sets_its_own_leaves_only():
     assert both.for_variant("half") == both
     assert (both.for_variant("b").dpo.beta, both.for_variant("b").seed) == (0.2, 3)
     assert (both.dpo.beta, both.seed) == (0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "source", "runs"),
+    [
+        ("ngram", (), "", False),
+        ("layers:[0, 14,29]", (0, 14, 29), "", True),
+        ("checkpoint:file:a folder", (), "file:a folder", True),
+    ],
+)
+def test_kinds_of_draft(kind, layers, source, runs):
+    draft = parse(f'[draft]\nkind = "{kind}"').draft
+    assert (draft.layers, draft.source, draft.runs) == (layers, source, runs)
+    assert not draft.model_copy(update={"enabled": False}).runs
+    assert draft.model_copy(update={"steps": 0}).runs == bool(source)
 
 
 def test_init_stage_config_carries_the_attention_of_the_variant():

@@ -40,6 +40,7 @@ def run(config, inputs, out, context):
 
 TRAINED = ["init_from_attention", "align", "kl_distill", "sft", "dpo"]
 MEASURED = ["benchmark", "speculative_profile"]
+DRAFTED = ["draft", "speculative_profile"]
 SHARED = ["teacher", "corpus", "benchmark_teacher"]
 
 
@@ -60,6 +61,7 @@ def finished(tmp_path_factory):
         (root / "fakes" / f"{stage.name}.py").write_text(FAKE)
     (root / "teacher.txt").write_text("a teacher")
     (root / "talk.jsonl").write_text("{}\n")
+    (root / "small.txt").write_text("a small model")
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_fakes(monkeypatch, root)
         run_all(settings(), root)
@@ -123,6 +125,11 @@ BOTH = ("half", "none")
         ("corpus.held_out_conversations=9", SHARED[1:], TRAINED + MEASURED, TRAINED + MEASURED),
         ("benchmark.items_per_task=3", ["benchmark_teacher"], ["benchmark"], ["benchmark"]),
         ("speculative_profile.max_k=2", [], ["speculative_profile"], ["speculative_profile"]),
+        ("speculative_profile.injected_acceptance=0.5", [], ["speculative_profile"], ["speculative_profile"]),
+        ("draft.ngram=2", [], ["speculative_profile"], ["speculative_profile"]),
+        ("draft.conversations=9", [], [], []),  # there is nothing to train while the kind is ngram
+        ("draft.kind=layers:[0, 2]", [], [*DRAFTED], [*DRAFTED]),
+        ("draft.kind=checkpoint:file:small.txt", [], [*DRAFTED], [*DRAFTED]),
         ("kl_distill.checkpoint_every=7", [], [], []),
         ("seed=1", SHARED[1:], TRAINED + MEASURED, TRAINED + MEASURED),
         ("compute=float32", SHARED[1:], TRAINED + MEASURED, TRAINED + MEASURED),
@@ -163,6 +170,50 @@ def test_benchmarks_run_again_on_other_hardware_and_training_does_not(root, monk
     assert planned(settings(), root) == {"benchmark_teacher"} | {label for v in BOTH for label in of(v, *MEASURED)}
 
 
+def drafted(*overrides):
+    return settings("draft.kind=layers:[0, 2]", *overrides)
+
+
+def test_a_draft_is_made_of_the_last_student_and_profiled_beside_it(root):
+    _, refs = run_all(drafted(), root)
+    store = Store(root / ".mamballama" / "store")
+    played = {s: store.manifest(pipeline.stored_ref(r)).meta["summary"] for s, r in refs["half"].items()}
+    assert played["draft"] == {"corpus": "corpus", "student": "dpo"}
+    assert played["speculative_profile"] == {"corpus": "corpus", "student": "dpo", "draft": "draft"}
+    assert run_all(drafted(), root)[0] == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "of_half"),
+    [
+        ("draft.steps=7", DRAFTED),
+        ("draft.kind=layers:[0, 3]", DRAFTED),
+        ("draft.ngram=2", ["speculative_profile"]),
+        ("draft.checkpoint_every=7", []),
+        ("dpo.beta=0.2", ["dpo", "draft", *MEASURED]),
+        ("draft.enabled=false", []),  # back to what was stored without a draft
+        ("draft.steps=0", []),
+    ],
+)
+def test_a_changed_draft_runs_what_depends_on_it(root, override, of_half):
+    run_all(drafted(), root)
+    assert planned(drafted(override), root) == {label for v in BOTH for label in of(v, *of_half)}
+
+
+def test_a_draft_from_elsewhere_is_known_by_its_content(root):
+    changed = settings("draft.kind=checkpoint:file:small.txt")
+    run_all(changed, root)
+    assert planned(changed, root) == set()
+    (root / "small.txt").write_text("another small model")
+    assert planned(changed, root) == {label for v in BOTH for label in of(v, *DRAFTED)}
+
+
+def test_a_stage_is_handed_what_another_section_says_of_its_input(root):
+    handed = pipeline.BY_NAME["speculative_profile"].config(drafted("draft.ngram=5"), "half")
+    assert (handed.ngram, handed.draft) == (5, "layers:[0, 2]")
+    assert pipeline.BY_NAME["speculative_profile"].config(drafted("draft.steps=0"), "half").draft == "ngram"
+
+
 def test_the_plan_says_why(root):
     why = {pipeline.label(p.stage, p.variant): p.why for p in plan.make_plan(settings("kl_distill.steps=60"), root)}
     assert why["half/kl_distill"] == "changed: kl_distill.steps: 100 -> 60"
@@ -175,7 +226,7 @@ def test_the_plan_says_why(root):
 
 def test_a_first_plan_has_nothing_to_compare_with(root):
     lines = plan.make_plan(settings("store.url=fresh"), root)
-    assert {line.why for line in lines} == {"not stored yet"}
+    assert {line.why for line in lines if line.state != "off"} == {"not stored yet"}
 
 
 def test_a_switched_off_stage_is_passed_through(root):
@@ -256,7 +307,8 @@ def test_lineage_says_how_every_figure_came_about(root):
     found = lineage.lineage(changed, refs, pipeline.Run("run-2", root, "python flow run"), store)
     entries = {(e["variant"], e["stage"]): e for e in found["stages"]}
     assert (found["run"], found["command"], found["config"]["dpo"]["beta"]) == ("run-2", "python flow run", 0.2)
-    assert len(entries) == 3 + 2 * 7
+    assert len(entries) == 3 + 2 * 8
+    assert entries["half", "draft"]["hit"] is None
     assert entries["half", "sft"] == {"variant": "half", "stage": "sft", "hit": None}
     assert entries["", "teacher"]["hit"] is True
     dpo = entries["half", "dpo"]

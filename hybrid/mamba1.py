@@ -1,0 +1,140 @@
+"""Mamba-1 mixer with attention's grouping: C and dt by head, x and B by key-value group (2408.15237 §2, Algorithm 1;
+2312.00752 §3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu, softplus
+
+from hybrid.cache import Span, SSMCache
+from hybrid.config import HybridConfig
+from hybrid.decode import DecodeStep
+from hybrid.rms_norm import RMSNorm
+from kernels_ext import dispatch
+from kernels_ext.selective_scan.reference import selective_scan
+
+
+class Mamba1Mixer(nn.Module):
+    """in_proj rows are z (d_inner), x (d_xb), B (d_xb), C (d_inner) and what dt_proj makes dt from (dt_rank).
+
+    A_log (d_inner, N), dt_bias and D (d_inner,) are float32 whatever the other weights are. The convolution is of x
+    alone, before the heads of a group share it, and the gate is y · silu(z) without a norm, as in the paper's code.
+    A and D start as in mamba-ssm: A = −1 … −N in every channel, dt log-uniform in [1e-3, 0.1] at a zero input.
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sections = (config.d_inner, config.d_xb, config.d_xb, config.d_inner, config.dt_size)
+        self.in_proj = nn.Linear(config.d_model, sum(self.sections), bias=config.proj_bias)
+        self.conv1d = nn.Conv1d(
+            config.conv_channels, config.conv_channels, config.d_conv, groups=config.conv_channels
+        )  # holds weight (channels, 1, d_conv) and bias under mamba-ssm's names
+        self.dt_proj = nn.Linear(config.dt_size, config.d_inner, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(config.dt_size**-0.5), config.dt_size**-0.5)
+        dt = torch.empty(config.d_inner, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        A = torch.arange(1, config.state_size + 1, dtype=torch.float32).repeat(config.d_inner, 1)
+        self.A_log = nn.Parameter(torch.log(A))
+        self.D = nn.Parameter(torch.ones(config.d_inner, dtype=torch.float32))
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        seq_idx: Tensor | None = None,
+        cache: SSMCache | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
+        """hidden (B, L, d_model) → (B, L, d_model)."""
+        return self.out_proj(self.features(hidden, seq_idx, cache, span)).to(hidden.dtype)
+
+    def features(
+        self,
+        hidden: Tensor,
+        seq_idx: Tensor | None = None,
+        cache: SSMCache | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
+        """What enters out_proj: (B, L, d_inner). With a cache, the tokens of `span` are appended to its state."""
+        if not torch.is_autocast_enabled(hidden.device.type):  # a student may have float32 mixers in a bfloat16 body
+            hidden = hidden.to(self.in_proj.weight.dtype)
+        z, x, B, C, dt = self.in_proj(hidden).split(self.sections, dim=-1)
+        dt = softplus(self.dt_proj(dt).float() + self.dt_bias)  # (B, L, D)
+        before = None if cache is None or span is None else span.conv_inputs(cache.conv, self.config.d_conv)
+        convolved = dispatch.causal_conv(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, before, self.config.conv_silu
+        )
+        state = None
+        if cache is not None and span is not None:
+            assert before is not None
+            span.keep_conv_inputs(cache.conv, torch.cat([before, x.to(before.dtype)], dim=1), self.config.d_conv)
+            dt, state = dt * span.live(dt.shape[1])[..., None], cache.state.float()
+        x, B, C = self._split(convolved, B, C)
+        y, state = selective_scan(x, dt, self.A, B, C, self.D, seq_idx, state)
+        if cache is not None:
+            cache.state.copy_(state)
+        return y.flatten(-2) * silu(z)
+
+    @property
+    def A(self) -> Tensor:
+        """(D, N) negative."""
+        return -torch.exp(self.A_log)
+
+    def decode(self, x: Tensor, norm: RMSNorm, cache: SSMCache, step: DecodeStep) -> Tensor:
+        """x + mixer(norm(x)) for a window of tokens over the cache; x (B·T, d_model)."""
+        cursors, own = step.cursors, x.to(self.in_proj.weight.dtype)  # mixers may be float32 in a bfloat16 body
+        projected = dispatch.norm_linear(
+            own, norm.weight.to(own.dtype), norm.eps, self.in_proj.weight, self.in_proj.bias
+        )
+        z, x_in, B, C, dt = projected.view(step.batch, step.length, -1).split(self.sections, dim=-1)
+        dt = softplus(linear(dt, self.dt_proj.weight).float() + self.dt_bias)  # (B, T, D)
+        convolved, _ = dispatch.conv_ring_update(
+            x_in,
+            cache.conv,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            cursors.lengths,
+            step.slots,
+            self.config.conv_silu,
+            step.offset,
+        )
+        x_new, B, C = self._split(convolved, B, C)
+        if cache.ring_x is None:
+            y = dispatch.selective_update(
+                cache.state, x_new[:, 0], dt[:, 0], cache.A, B[:, 0], C[:, 0], self.D, step.slots
+            )
+        else:
+            assert cache.ring_B is not None and cache.ring_dt is not None
+            dispatch.selective_ring_append(
+                x_new, B, dt, cache.ring_x, cache.ring_B, cache.ring_dt, cursors.lengths, step.slots, step.offset
+            )
+            y = dispatch.selective_verify(
+                cache.state,
+                cache.ring_x,
+                cache.ring_B,
+                cache.ring_dt,
+                C,
+                cache.A,
+                self.D,
+                cursors.lengths,
+                cursors.folded,
+                step.slots,
+                step.window,
+                step.offset,
+            )
+        gated = y.reshape(step.batch, step.length, -1) * silu(z)
+        return dispatch.linear_add(gated.view(x.shape[0], -1), self.out_proj.weight, own).to(x.dtype)
+
+    def _split(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, G, P), (B, L, G, J, N), (B, L, H, J, N): by group or head, B and C by pieces of N of its channels."""
+        config = self.config
+        pieces = (config.head_dim // config.state_size, config.state_size)
+        return (
+            x.unflatten(-1, (config.n_kv_heads, config.head_dim)),
+            B.unflatten(-1, (config.n_kv_heads, *pieces)),
+            C.unflatten(-1, (config.n_heads, *pieces)),
+        )

@@ -1,0 +1,243 @@
+"""Triton twins of `reference.rope_append` and `reference.decode_attention`.
+
+Decoding is bound by the keys and values that it reads, so one program takes all query rows (R heads × T tokens) of a
+group and reads each key once. Where the groups of the batch are too few to fill the GPU, the live keys are split and a
+second launch joins the parts (flash decoding; online softmax of 1805.02867).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 264
+"""How many programs of `decode_attention` fill the GPU: two for each of an H200's 132 multiprocessors."""
+MAX_SPLITS = 64
+
+
+def rope_config() -> dict:
+    """BLOCK_HEADS heads of one token per program."""
+    return {"BLOCK_HEADS": 16, "num_warps": 4}
+
+
+def launch_config(block_q: int, headdim: int, itemsize: int) -> dict:
+    """BLOCK_K keys per step. In 16 bits a warp does the arithmetic of 16 query rows and further ones share the loads;
+    float32 has no tensor cores, so its tiles stay small enough for the registers."""
+    if itemsize == 4:
+        return {"BLOCK_K": 16 if headdim * block_q > 2048 else 32, "num_warps": 4, "num_stages": 2}
+    if block_q <= 16:
+        return {"BLOCK_K": 64, "num_warps": 2, "num_stages": 3}
+    return {"BLOCK_K": 64, "num_warps": 4 if block_q <= 64 else 8, "num_stages": 2}
+
+
+def default_splits(batch: int, groups: int, positions: int) -> int:
+    """Splits of the keys that fill the GPU, each of at least 128 positions of a full cache."""
+    return max(1, min(PROGRAMS // (batch * groups), triton.cdiv(positions, 128), MAX_SPLITS))
+
+
+@triton.jit(do_not_specialize=["offset"])
+def _rope_append_kernel(
+    qkv, k_cache, v_cache, cos, sin, lengths, slots, q, offset,
+    qkv_stride_b, qkv_stride_t, k_stride_s, k_stride_g, k_stride_m, v_stride_s, v_stride_g, v_stride_m,
+    T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    b = token // T
+    i = (token % T).to(tl.int32)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    d = tl.arange(0, HALF)
+    q_at = q + (token * H + head[:, None]) * P + d[None, :]
+    is_q = (head < H)[:, None] & (d < HALF)[None, :]
+    slot = tl.load(slots + b).to(tl.int64)
+    if slot < 0:
+        zero = tl.zeros((BLOCK_HEADS, HALF), dtype=q.dtype.element_ty)
+        tl.store(q_at, zero, mask=is_q)
+        tl.store(q_at + HALF, zero, mask=is_q)
+        return
+
+    position = tl.load(lengths + slot) + offset + i
+    source = qkv + b * qkv_stride_b + i * qkv_stride_t + head[:, None] * P + d[None, :]
+    present = (head < H + 2 * G)[:, None] & (d < HALF)[None, :]
+    first = tl.load(source, mask=present, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=present, other=0.0).to(tl.float32)
+    c = tl.load(cos + position * HALF + d)[None, :]
+    s = tl.load(sin + position * HALF + d)[None, :]
+    rotates = (head < H + G)[:, None]
+    first_out = tl.where(rotates, first * c - second * s, first).to(q.dtype.element_ty)
+    second_out = tl.where(rotates, second * c + first * s, second).to(q.dtype.element_ty)
+
+    tl.store(q_at, first_out, mask=is_q)
+    tl.store(q_at + HALF, second_out, mask=is_q)
+    k_at = k_cache + slot * k_stride_s + (head - H)[:, None] * k_stride_g + position * k_stride_m + d[None, :]
+    is_k = (head >= H)[:, None] & (head < H + G)[:, None] & (d < HALF)[None, :]
+    tl.store(k_at, first_out, mask=is_k)
+    tl.store(k_at + HALF, second_out, mask=is_k)
+    v_at = v_cache + slot * v_stride_s + (head - H - G)[:, None] * v_stride_g + position * v_stride_m + d[None, :]
+    is_v = (head >= H + G)[:, None] & present
+    tl.store(v_at, first_out, mask=is_v)
+    tl.store(v_at + HALF, second_out, mask=is_v)
+
+
+def rope_append(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    n_heads: int,
+    offset: int = 0,
+    *,
+    config: dict | None = None,
+) -> Tensor:
+    """As the reference, in one launch."""
+    batch, length, width = qkv.shape
+    groups, headdim = k_cache.shape[1], k_cache.shape[3]
+    assert width == (n_heads + 2 * groups) * headdim and qkv.stride(2) == 1
+    assert k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and cos.is_contiguous() and sin.is_contiguous()
+    config = rope_config() | (config or {})
+    q = torch.empty(batch, length, n_heads, headdim, dtype=qkv.dtype, device=qkv.device)
+    _rope_append_kernel[(batch * length, triton.cdiv(n_heads + 2 * groups, config["BLOCK_HEADS"]))](
+        qkv, k_cache, v_cache, cos, sin, lengths, slots, q, offset,
+        *qkv.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        T=length, H=n_heads, G=groups, P=headdim, HALF=headdim // 2, **config,
+    )  # fmt: skip
+    return q
+
+
+def _dot_type(q: Tensor) -> tl.dtype:
+    """What the products take: q's own type, but float32 in the interpreter, whose bfloat16 products are wrong."""
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(q.dtype if q.is_cuda else None, tl.float32)
+
+
+@triton.jit(do_not_specialize=["offset"])
+def _decode_attention_kernel(
+    q, k_cache, v_cache, lengths, slots, out, part, part_max, part_sum, offset, scale,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_s, k_stride_g, k_stride_m, v_stride_s, v_stride_g, v_stride_m,
+    T: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0) // G
+    g = tl.program_id(0) % G
+    split = tl.program_id(1)
+    row = tl.arange(0, BLOCK_Q)  # query rows: the R heads of the group for token 0, then for token 1, …
+    t = row // R
+    head = g * R + row % R
+    p = tl.arange(0, BLOCK_P)
+    q_mask = (t < T)[:, None] & (p < P)[None, :]
+    out_row = (b * T + t) * (G * R) + head
+    slot = tl.load(slots + b).to(tl.int64)
+    if slot < 0:
+        if SPLITS == 1:  # with more, the second launch does it
+            zero = tl.zeros((BLOCK_Q, BLOCK_P), dtype=out.dtype.element_ty)
+            tl.store(out + out_row[:, None] * P + p[None, :], zero, mask=q_mask)
+        return
+
+    n_keys = tl.load(lengths + slot) + offset + T
+    last = n_keys - T + t  # the last position that a query row sees
+    steps = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_K)
+    begin = split * steps * BLOCK_K
+    end = tl.minimum(begin + steps * BLOCK_K, n_keys)
+
+    q_at = q + b * q_stride_b + t[:, None] * q_stride_t + head[:, None] * q_stride_h + p[None, :]
+    queries = tl.load(q_at, mask=q_mask, other=0.0).to(DOT)  # (BLOCK_Q, BLOCK_P)
+    k_base = k_cache + slot * k_stride_s + g * k_stride_g + p[None, :]
+    v_base = v_cache + slot * v_stride_s + g * v_stride_g + p[None, :]
+    # A row that sees no key of this split keeps a finite maximum, so that no ∞ − ∞ arises: its weights are all 0.
+    top = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        kv_mask = (key < end)[:, None]
+        if P < BLOCK_P:
+            kv_mask = kv_mask & (p < P)[None, :]
+        k = tl.load(k_base + key[:, None] * k_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K), to base 2
+        # Keys past the end are past every query's `last` too, but for rows that pad BLOCK_Q: those see zeros.
+        scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(v_base + key[:, None] * v_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
+        top = new_top
+
+    if SPLITS == 1:
+        result = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + out_row[:, None] * P + p[None, :], result, mask=q_mask)
+    else:
+        part_row = out_row * SPLITS + split
+        tl.store(part + part_row[:, None] * P + p[None, :], acc, mask=q_mask)
+        tl.store(part_max + part_row, top, mask=t < T)
+        tl.store(part_sum + part_row, total, mask=t < T)
+
+
+@triton.jit
+def _join_splits_kernel(
+    part, part_max, part_sum, slots, out,
+    ROWS: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)  # of (B, T, H); a slot has ROWS of them
+    s = tl.arange(0, BLOCK_S)
+    p = tl.arange(0, BLOCK_P)
+    slot = tl.load(slots + row // ROWS)
+    live = (s < SPLITS) & (slot >= 0)
+    top = tl.load(part_max + row * SPLITS + s, mask=live, other=-1e30)
+    share = tl.exp2(top - tl.max(top, 0))
+    total = tl.sum(tl.load(part_sum + row * SPLITS + s, mask=live, other=0.0) * share, 0)
+    part_at = part + (row * SPLITS + s[:, None]) * P + p[None, :]
+    acc = tl.load(part_at, mask=live[:, None] & (p < P)[None, :], other=0.0)
+    mixed = tl.sum(acc * share[:, None], 0) / tl.where(slot >= 0, total, 1.0)  # zero for padding
+    tl.store(out + row * P + p, mixed.to(out.dtype.element_ty), mask=p < P)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    offset: int = 0,
+    splits: int | None = None,
+    *,
+    config: dict | None = None,
+) -> Tensor:
+    """As the reference. `splits`: in how many parts the live keys are read side by side, by default as many as fill
+    the GPU; ValueError if R·T > 128 query rows share a group."""
+    batch, length, heads, headdim = q.shape
+    groups, positions = k_cache.shape[1:3]
+    ratio = heads // groups
+    assert q.stride(3) == 1 and k_cache.stride(3) == 1 and v_cache.stride(3) == 1
+    if ratio * length > 128:
+        raise ValueError(
+            f"{length} tokens × {ratio} heads per group are {ratio * length} query rows, more than 128: "
+            "lower the window (K + 1)"
+        )
+    splits = default_splits(batch, groups, positions) if splits is None else splits
+    block_q, block_p = max(16, triton.next_power_of_2(ratio * length)), max(16, headdim)
+    config = launch_config(block_q, headdim, q.element_size()) | (config or {})
+    out = torch.empty(batch, length, heads, headdim, dtype=q.dtype, device=q.device)
+    part = part_max = part_sum = None
+    if splits > 1:
+        part = torch.empty(batch, length, heads, splits, headdim, dtype=torch.float32, device=q.device)
+        part_max, part_sum = torch.empty(2, *part.shape[:-1], dtype=torch.float32, device=q.device)
+    _decode_attention_kernel[(batch * groups, splits)](
+        q, k_cache, v_cache, lengths, slots, out, part, part_max, part_sum, offset, math.log2(math.e) / headdim**0.5,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        T=length, G=groups, R=ratio, P=headdim, SPLITS=splits, BLOCK_Q=block_q, BLOCK_P=block_p,
+        DOT=_dot_type(q), **config,
+    )  # fmt: skip
+    if splits > 1:
+        _join_splits_kernel[(batch * length * heads,)](
+            part, part_max, part_sum, slots, out,
+            ROWS=length * heads, P=headdim, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=block_p,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,76 @@
+"""Microseconds of device time under a CUDA graph."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+REPEATS = 7
+GRAPH_SECONDS = 0.01
+"""Calls are repeated within one graph until launching them one by one would take about this long."""
+REPEAT_US = 2000.0
+"""Replays of one repeat take at least this long, so that the gaps between replays do not count."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time per call in microseconds: median and interquartile range over the repeats."""
+
+    median_us: float
+    iqr_us: float
+    repeats: int
+
+
+def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = REPEATS) -> Timing:
+    """Capture the calls one after another in a CUDA graph, replay it, and give the mean time per call of each repeat.
+
+    The calls should do equal work on different memory, together more than the L2 cache holds, where the real workload
+    would find its data cold. Each is called before the capture, which compiles what must be compiled; outputs are
+    dropped. Needs CUDA; the calls must not synchronise.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        stream.synchronize()
+        started = time.perf_counter()
+        for call in calls:
+            call()
+        stream.synchronize()
+    cycles = max(1, math.ceil(GRAPH_SECONDS / (time.perf_counter() - started)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(cycles):
+            for call in calls:
+                call()
+    once = _replay_us(graph, 1)  # also the warm-up
+    replays = max(1, min(50, math.ceil(REPEAT_US / once)))
+    per_call = [_replay_us(graph, replays) / (cycles * len(calls)) for _ in range(repeats)]
+    lower, median, upper = statistics.quantiles(per_call, n=4, method="inclusive")
+    return Timing(median, upper - lower, repeats)
+
+
+def _replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Microseconds that `replays` replays take together."""
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    started.record()
+    for _ in range(replays):
+        graph.replay()
+    ended.record()
+    ended.synchronize()
+    return started.elapsed_time(ended) * 1000
+
+
+def copy_bandwidth(size: int = 2 << 30) -> float:
+    """Bytes per second, read and written counted, of copying `size` bytes from device memory to device memory."""
+    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    timing = time_graph([lambda: target.copy_(source)])
+    return 2 * size / (timing.median_us * 1e-6)

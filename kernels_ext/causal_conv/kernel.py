@@ -1,0 +1,167 @@
+"""Triton twin of `ring_reference.conv_ring_update`: convolution, dt and all cache writes of a layer in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def launch_config(tokens: int) -> dict:
+    """BLOCK_C channels per program, all T tokens of a row at once."""
+    return {"BLOCK_C": 256 if tokens <= 4 else 128, "num_warps": 4}
+
+
+@triton.jit
+def _convolve(
+    x, ring, weight, bias, y, ring_x, ring_B,
+    b, block, slot, start, channels, channels_x, channels_B, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
+    ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l, weight_stride_c,
+    T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    live = slot >= 0
+    i = tl.arange(0, BLOCK_T)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = (c < channels) & live
+    in_window = (i < T)[:, None] & in_c[None, :]
+    x_row = x + b * x_stride_b + c[None, :]
+    ring_row = ring + slot * ring_stride_s + c[None, :]
+
+    window = tl.load(x_row + i[:, None] * x_stride_t, mask=in_window, other=0.0)  # (BLOCK_T, BLOCK_C)
+    tap_weight = tl.load(weight + c * weight_stride_c + (W - 1), mask=in_c, other=0.0).to(tl.float32)
+    acc = window.to(tl.float32) * tap_weight[None, :]
+    for k in tl.static_range(W - 1):
+        back = i - (W - 1) + k  # counted from the window's first token
+        position = start + back
+        past = (back < 0) & (position >= 0)
+        from_x = tl.load(x_row + back[:, None] * x_stride_t, mask=in_window & (back >= 0)[:, None], other=0.0)
+        from_ring = tl.load(
+            ring_row + (position % R)[:, None] * ring_stride_r, mask=in_window & past[:, None], other=0.0
+        )
+        tap_weight = tl.load(weight + c * weight_stride_c + k, mask=in_c, other=0.0).to(tl.float32)
+        acc += (from_x.to(tl.float32) + from_ring.to(tl.float32)) * tap_weight[None, :]  # one of the two is zero
+    if HAS_BIAS:
+        acc += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        acc = acc * tl.sigmoid(acc)
+    result = acc.to(y.dtype.element_ty)
+    # A padding row has loaded zeros alone, so its result is zero.
+    tl.store(y + (b * T + i[:, None]) * channels + c[None, :], result, mask=(i < T)[:, None] & (c < channels)[None, :])
+
+    position = start + i
+    tl.store(ring_row + (position % R)[:, None] * ring_stride_r, window, mask=in_window)
+    if HAS_RING:
+        column = (position % L)[:, None]
+        to_x = ring_x + slot * ring_x_stride_s + column * ring_x_stride_l + c[None, :]
+        tl.store(to_x, result, mask=in_window & (c < channels_x)[None, :])
+        to_B = ring_B + slot * ring_B_stride_s + column * ring_B_stride_l + (c - channels_x)[None, :]
+        is_B = (c >= channels_x) & (c < channels_x + channels_B)
+        tl.store(to_B, result, mask=in_window & is_B[None, :])
+
+
+@triton.jit
+def _softplus_dt(
+    dt, dt_bias, dt_out, ring_dt,
+    b, slot, start, heads, dt_stride_b, dt_stride_t, ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l,
+    T: tl.constexpr, L: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_RING: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    live = slot >= 0
+    i = tl.arange(0, BLOCK_T)
+    h = tl.arange(0, BLOCK_H)
+    mask = (i < T)[:, None] & (h < heads)[None, :]
+    raw = tl.load(dt + b * dt_stride_b + i[:, None] * dt_stride_t + h[None, :], mask=mask & live, other=0.0)
+    raw = raw.to(tl.float32)
+    if HAS_DT_BIAS:
+        raw += tl.load(dt_bias + h, mask=h < heads, other=0.0).to(tl.float32)[None, :]
+    # log(1 + e) loses the digits of a small e; log(u)·e/(u − 1) with u = 1 + e rounded does not (Kahan).
+    e = tl.exp(tl.minimum(raw, 20.0))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    value = tl.where(raw <= 20.0, log1p, raw)
+    value = tl.where(mask & live, value, 0.0)
+    tl.store(dt_out + (b * T + i[:, None]) * heads + h[None, :], value, mask=mask)
+    if HAS_RING:
+        column = ((start + i) % L)[:, None]
+        to = ring_dt + slot * ring_dt_stride_s + h[None, :] * ring_dt_stride_h + column * ring_dt_stride_l
+        tl.store(to, value, mask=mask & live)
+
+
+@triton.jit(do_not_specialize=["offset"])
+def _conv_ring_kernel(
+    x, ring, weight, bias, lengths, slots, y, dt, dt_bias, dt_out, ring_x, ring_B, ring_dt, offset,
+    channels, channels_x, channels_B, heads, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
+    dt_stride_b, dt_stride_t, ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l,
+    ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l, weight_stride_c,
+    T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DT: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_RING: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    slot = tl.load(slots + b).to(tl.int64)
+    start = tl.load(lengths + slot, mask=slot >= 0, other=0) + offset
+    if block * BLOCK_C < channels:
+        _convolve(
+            x, ring, weight, bias, y, ring_x, ring_B, b, block, slot, start, channels, channels_x, channels_B,
+            x_stride_b, x_stride_t, ring_stride_s, ring_stride_r, ring_x_stride_s, ring_x_stride_l,
+            ring_B_stride_s, ring_B_stride_l, weight_stride_c, T, W, R, L, SILU, HAS_BIAS, HAS_RING, BLOCK_T, BLOCK_C,
+        )  # fmt: skip
+    elif HAS_DT:  # the last program of a row
+        _softplus_dt(
+            dt, dt_bias, dt_out, ring_dt, b, slot, start, heads, dt_stride_b, dt_stride_t,
+            ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l, T, L, HAS_DT_BIAS, HAS_RING, BLOCK_T, BLOCK_H,
+        )  # fmt: skip
+
+
+def conv_ring_update(
+    x: Tensor,
+    ring: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor,
+    slots: Tensor,
+    silu: bool,
+    offset: int = 0,
+    dt: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    ring_x: Tensor | None = None,
+    ring_B: Tensor | None = None,
+    ring_dt: Tensor | None = None,
+    *,
+    config: dict | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As the reference; a program reads and writes its own channels' slots of the rings and no other's."""
+    batch, length, channels = x.shape
+    assert x.stride(2) == 1 and ring.stride(2) == 1 and weight.stride(1) == 1
+    assert ring.shape[1] >= weight.shape[1] - 1 + length and ring.dtype == x.dtype
+    assert dt is None or dt.stride(2) == 1
+    config = launch_config(length) | (config or {})
+    y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
+    dt_out = None if dt is None else torch.empty(dt.shape, dtype=torch.float32, device=x.device)
+    blocks = triton.cdiv(channels, config["BLOCK_C"]) + (dt is not None)
+    if ring_x is not None:
+        assert ring_B is not None and ring_dt is not None and dt is not None
+        assert ring_x[0, 0].is_contiguous() and ring_B[0, 0].is_contiguous()
+    heads = 1 if dt is None else dt.shape[2]
+    _conv_ring_kernel[(batch, blocks)](
+        x, ring, weight, bias, lengths, slots, y, dt, dt_bias, dt_out, ring_x, ring_B, ring_dt, offset,
+        channels,
+        0 if ring_x is None else ring_x[0, 0].numel(),
+        0 if ring_B is None else ring_B[0, 0].numel(),
+        heads,
+        *x.stride()[:2],
+        *ring.stride()[:2],
+        *((0, 0) if dt is None else dt.stride()[:2]),
+        *((0, 0) if ring_x is None else ring_x.stride()[:2]),
+        *((0, 0) if ring_B is None else ring_B.stride()[:2]),
+        *((0, 0, 0) if ring_dt is None else ring_dt.stride()),
+        weight.stride(0),
+        T=length, W=weight.shape[1], R=ring.shape[1], L=1 if ring_x is None else ring_x.shape[1],
+        SILU=silu, HAS_BIAS=bias is not None, HAS_DT=dt is not None, HAS_DT_BIAS=dt_bias is not None,
+        HAS_RING=ring_x is not None,
+        BLOCK_T=triton.next_power_of_2(length), BLOCK_H=triton.next_power_of_2(heads), **config,
+    )  # fmt: skip
+    return y, dt_out

@@ -1,0 +1,51 @@
+"""Linear layers of a decoding step with what stands around them in a Llama block: the norm, the gate, the residual.
+
+Shapes: M rows (tokens of all sequences together), K inputs, weights (outputs, K) as `nn.Linear` keeps them. Products
+run in the weight's type and are summed in float32; results have the weight's type unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·weightᵀ + bias: x (M, K), weight (Nout, K), bias (Nout,) or None. Returns (M, Nout)."""
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """RMSNorm(x)·weightᵀ + bias, RMSNorm(x) = norm_weight · x / sqrt(mean(x²) + eps) (1910.07467 §3).
+
+    x (M, K), norm_weight (K,), weight (Nout, K), bias (Nout,) or None. Returns (M, Nout).
+    """
+    return F.linear(_rms_norm(x, norm_weight, eps).to(weight.dtype), weight, bias)
+
+
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·weightᵀ + bias + residual: x (M, K), weight (Nout, K), residual (M, Nout), bias (Nout,) or None.
+
+    Returns a new (M, Nout) in the residual's type.
+    """
+    x = x.to(weight.dtype)
+    if bias is not None or residual.dtype != weight.dtype:
+        return residual + F.linear(x, weight, bias).to(residual.dtype)
+    return torch.addmm(residual, x, weight.t())
+
+
+def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Tensor) -> Tensor:
+    """silu(n·gateᵀ) · (n·upᵀ) with n = RMSNorm(x) (SwiGLU, 2002.05202 §2).
+
+    x (M, K), norm_weight (K,), gate_up (2F, K): first the F rows of gate, then those of up. Returns (M, F).
+    """
+    gate, up = norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In float32, rounded to x's type before the weight, as transformers' Llama does."""
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)

@@ -1,0 +1,248 @@
+"""Stage: the draft model of speculative decoding.
+
+Some of the student's own layers, trained against the student on text of its own (2408.15237 §5.3, "shrink and
+fine-tune"): what a draft is worth is how often it agrees with the model that verifies it, so that model is the one to
+imitate, and on what it says itself. Or a checkpoint that fits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corpora import preferences, sources
+from corpora.shards import Shard
+from evals.fidelity import Block, summarise, token_scores
+from hybrid import HybridConfig, HybridForCausalLM, load_pretrained, save_pretrained
+from hybrid.config import MODEL_TYPE
+from hybrid.generate import generate
+from steps import teacher
+from steps.config import DraftConfig, TeacherConfig
+from steps.loop import autocast, train
+from steps.losses import kl_loss
+from steps.stage import Checkpoints, Progress, StageContext
+from steps.students import TokenBatch, compute_type, load_student, token_batches
+
+logger = logging.getLogger(__name__)
+
+TEXT = "text.npz"
+MEASURED_REPLIES = 32
+
+
+class DraftError(ValueError):
+    """A draft that cannot propose tokens for the student; the message names both sides."""
+
+
+def run(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
+    """A checkpoint folder in `out`, as the other stages that train leave it, and of `layers:` the text it learnt from.
+
+    Raises DraftError where layers do not exist or vocabularies differ, SourceError and TeacherError as the teacher
+    stage does.
+    """
+    return _fetched(config, inputs, out, context) if config.source else _shrunk(config, inputs, out, context)
+
+
+def shrink(student: HybridForCausalLM, layers: Sequence[int]) -> HybridForCausalLM:
+    """A model of these layers of the student, with copies of its embedding, final norm and head."""
+    depth, kept = student.config.n_layers, set(student.config.attention_layers)
+    wrong = [layer for layer in layers if layer >= depth]
+    if wrong:
+        raise DraftError(f"draft.kind names layers {wrong}, but the student has {depth}, 0 to {depth - 1}")
+    attention = tuple(new for new, old in enumerate(layers) if old in kept)
+    with torch.device("meta"):
+        draft = HybridForCausalLM(replace(student.config, n_layers=len(layers), attention_layers=attention))
+    place = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
+    weights = {}
+    for name, weight in student.named_parameters():
+        if not name.startswith("model.layers."):
+            weights[name] = weight.detach().clone()
+            continue
+        prefix = ".".join(name.split(".")[:3]) + "."
+        if prefix in place:
+            weights[place[prefix] + name.removeprefix(prefix)] = weight.detach().clone()
+    draft.load_state_dict(weights, assign=True)
+    draft.inv_freq = student.inv_freq.clone()
+    return draft.requires_grad_(False).eval()
+
+
+def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
+    draft = shrink(load_student(inputs, context), config.layers)
+    # In the type in which it will be decoded: that is the model whose tokens are to be foreseen.
+    target = load_pretrained(inputs["student"], context.device, compute_type(context))
+    text, checkpoints = _text(config, inputs, target, context)
+    text.save(out / TEXT)
+    held_out = _replies(_prompts(config, inputs, "held_out", MEASURED_REPLIES, context), target, config, context, 1.0)
+    before = _agreement(target, draft, held_out, context)
+
+    def loss_function(model: HybridForCausalLM, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            taught = target.hidden(batch.tokens, batch.seq_idx)
+        hidden = model.hidden(batch.tokens, batch.seq_idx)
+        head, target_head = model.lm_head_weight, target.lm_head_weight
+        return kl_loss(hidden, head, taught, target_head, batch.mask, config.loss), {}
+
+    batches = token_batches(out / TEXT, config, context)
+    summary = train(draft, batches, loss_function, config, replace(context, checkpoints=checkpoints))
+    save_pretrained(draft, out, tokenizer_from=inputs["student"])
+    return {
+        **summary,
+        "kind": config.kind,
+        "parameters": sum(p.numel() for p in draft.parameters()),
+        "text": {
+            "conversations": len(text),
+            "tokens": len(text.tokens),
+            "reply_tokens": int(text.assistant.sum()),
+        },
+        "start": before,
+        "held_out": _agreement(target, draft, held_out, context),
+    }
+
+
+@dataclass(frozen=True)
+class _TextBeside:
+    """Checkpoints of the training loop, each with the text beside it: a run that continues writes none anew.
+
+    The text alone is the checkpoint of step 0, which the loop must not take for one of its own."""
+
+    inner: Checkpoints
+    text: Shard
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        def both(folder: Path) -> None:
+            write(folder)
+            self.text.save(folder / TEXT)
+
+        self.inner.save(step, both)
+
+    def latest(self) -> tuple[int, Path] | None:
+        found = self.inner.latest()
+        return found if found and found[0] > 0 else None
+
+
+def _text(
+    config: DraftConfig, inputs: Mapping[str, Path], target: HybridForCausalLM, context: StageContext
+) -> tuple[Shard, _TextBeside | None]:
+    """Questions of the training conversations with the student's own answers, and checkpoints that keep them."""
+    checkpoints = context.checkpoints
+    if checkpoints is not None and (found := checkpoints.latest()):
+        text = Shard.load(found[1] / TEXT)
+        return text, _TextBeside(checkpoints, text)
+    prompts = _prompts(config, inputs, "train", config.conversations, context)
+    greedy = config.greedy_share if config.temperature else 1.0
+    text = _replies(prompts, target, config, context, greedy)
+    if checkpoints is None:
+        return text, None
+    checkpoints.save(0, lambda folder: text.save(folder / TEXT))
+    return text, _TextBeside(checkpoints, text)
+
+
+def _prompts(
+    config: DraftConfig, inputs: Mapping[str, Path], split: str, count: int, context: StageContext
+) -> list[tuple[str, tuple[int, ...]]]:
+    """(id, tokens) of at most `count` conversations up to their first reply, in an order that the seed says."""
+    found = preferences.prompts(Shard.load(inputs["corpus"] / f"{split}.npz"), config.max_prompt_tokens)
+    if not found:
+        raise DraftError(
+            f"no conversation of {split}.npz has an opening of at most {config.max_prompt_tokens} tokens: "
+            "raise draft.max_prompt_tokens"
+        )
+    return [found[i] for i in np.random.default_rng(context.seed).permutation(len(found))[:count]]
+
+
+def _replies(
+    prompts: Sequence[tuple[str, tuple[int, ...]]],
+    target: HybridForCausalLM,
+    config: DraftConfig,
+    context: StageContext,
+    greedy_share: float,
+) -> Shard:
+    """Conversations of one turn; the first `greedy_share` of the replies are greedy, the others sampled."""
+    greedy = round(greedy_share * len(prompts))
+    size = config.generation_batch
+    starts = [*range(0, greedy, size), *range(greedy, len(prompts), size)]
+    ends = [*starts[1:], len(prompts)]
+    replies: list[list[int]] = []
+    began = time.monotonic()
+    for start, end in zip(starts, ends, strict=True):
+        replies += generate(
+            target,
+            [list(tokens) for _, tokens in prompts[start:end]],
+            config.max_tokens,
+            temperature=0.0 if start < greedy else config.temperature,
+            top_p=1.0 if start < greedy else config.top_p,
+            seed=context.seed + start,
+        )
+        rate = end / max(time.monotonic() - began, 1e-9)
+        context.progress(Progress(end, len(prompts), "replies", rate))
+    documents, masks = [], []
+    for (_, prompt), reply in zip(prompts, replies, strict=True):
+        documents.append(np.array([*prompt, *reply], np.uint32))
+        masks.append(np.arange(len(prompt) + len(reply)) >= len(prompt))
+    return Shard.of(documents, [name for name, _ in prompts], masks)
+
+
+def _agreement(
+    target: HybridForCausalLM, draft: HybridForCausalLM, text: Shard, context: StageContext
+) -> dict[str, Any]:
+    """KL(target ‖ draft) in nats per token and top-1 agreement on replies: of a greedy reply, the latter is what share
+    of tokens the draft would propose as the target says them."""
+    blocks = []
+    for index, name in enumerate(text.ids):
+        first = int(text.assistant[text.starts[index] : text.starts[index + 1]].argmax())
+        if first:  # 0: the reply is empty
+            blocks.append(Block(str(name), str(name), text.document(index), first))
+    if not blocks:
+        return {"kl": None, "top1": None, "tokens": 0, "conversations": 0}
+    with autocast(context):
+        found = summarise(token_scores(draft, blocks, target))
+    return {
+        "kl": found["kl_mean"],
+        "top1": found["top1"],
+        "tokens": found["tokens"],
+        "conversations": found["documents"],
+    }
+
+
+def _fetched(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
+    """The checkpoint of `checkpoint:SOURCE` in this project's form, once it is known to fit the student."""
+    found = sources.resolve(config.source)
+    if found.path.is_dir() and _is_hybrid(found.path):
+        save_pretrained(load_pretrained(found.path), out, tokenizer_from=found.path)
+    else:
+        teacher.run(TeacherConfig(source=config.source), {}, out, context)
+    _check_fit(config.source, out, inputs["student"])
+    logger.info("draft: %s", config.source)
+    parameters = sum(p.numel() for p in load_pretrained(out).parameters())
+    return {"kind": config.kind, "fingerprint": found.fingerprint, "parameters": parameters}
+
+
+def _is_hybrid(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and MODEL_TYPE in config.read_text()
+
+
+def _check_fit(source: str, draft: Path, student: Path) -> None:
+    """The draft's tokens must be the student's: the same number of logits, the same meaning of each."""
+    from transformers import AutoTokenizer
+
+    sizes = [HybridConfig.from_folder(folder).vocab_size for folder in (draft, student)]
+    if sizes[0] != sizes[1]:
+        raise DraftError(
+            f"draft.kind checkpoint:{source}: its vocabulary has {sizes[0]} tokens, the student's {sizes[1]}; "
+            "a draft needs the student's own"
+        )
+    theirs, ours = (AutoTokenizer.from_pretrained(f, local_files_only=True).get_vocab() for f in (draft, student))
+    if theirs != ours:
+        same = len(theirs.items() & ours.items())
+        raise DraftError(
+            f"draft.kind checkpoint:{source}: its tokenizer has {len(theirs)} tokens, the student's {len(ours)}, and "
+            f"{same} are the same; a draft needs the student's own tokenizer"
+        )

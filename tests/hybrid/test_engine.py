@@ -1,0 +1,302 @@
+"""Speculation gives what plain decoding gives, whatever is proposed; requests that cannot be served are refused.
+
+Where there is a GPU all this runs there, with the kernels and in graphs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from hybrid import HybridForCausalLM
+from hybrid.drafts import ModelDraft, NGramDraft
+from hybrid.engine import DecodeEngine, Sampling
+from hybrid.generate import generate
+from tests.hybrid import tiny_hybrid
+from tests.hybrid.tiny_hybrid import VOCAB, prompts
+
+PROMPTS = prompts(9, 1, 22)
+COUNT = 14
+LENGTH = 64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(seed: int = 0, **changes) -> HybridForCausalLM:
+    return tiny_hybrid.model(seed, **changes).to(DEVICE)
+
+
+class Scripted:
+    """Knows the rows' whole texts and proposes them, each token with probability `mistakes` another one."""
+
+    def __init__(self, texts: list[list[int]], mistakes: float, seed: int = 0) -> None:
+        longest = max(len(t) for t in texts) + 16
+        self.texts = torch.tensor([t + [0] * (longest - len(t)) for t in texts], device=DEVICE)
+        self.known = torch.tensor([len(t) for t in texts], device=DEVICE)
+        self.mistakes = mistakes
+        self.draws = torch.rand(997, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+    def allocate(self, engine: DecodeEngine) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def readers(self) -> list:
+        return []
+
+    def draw(self, key: Tensor) -> Tensor:
+        """A number in [0, 1) that depends on the key alone: a graph replays no generator on the host."""
+        return self.draws[key % len(self.draws)]
+
+    def propose(self, engine: DecodeEngine) -> None:
+        rows, lengths = len(self.texts), engine.cache.cursors.lengths[: len(self.texts)].long()
+        places = lengths[:, None] + 1 + torch.arange(engine.k, device=DEVICE)
+        index = places.clamp(max=self.texts.shape[1] - 1)
+        wrong = self.draw(31 * places + 7 * lengths[:, None]) < self.mistakes
+        engine.tokens[:rows, 1:] = (self.texts.gather(1, index) + wrong) % VOCAB
+        engine.n_draft[:rows] = (self.known - lengths - 1).clamp(0, engine.k)
+
+
+class Wavering(Scripted):
+    """Proposes a random number of tokens as well."""
+
+    def propose(self, engine: DecodeEngine) -> None:
+        super().propose(engine)
+        engine.n_draft.copy_((self.draw(13 * engine.cache.cursors.lengths) * (engine.n_draft + 1)).int())
+
+
+MODELS = {
+    "hybrid": {},
+    "mamba-2": {"attention_layers": ()},
+    "attention": {"attention_layers": (0, 1, 2, 3)},
+    "mamba-1": {"attention_layers": (), "mixer": "mamba1", "d_state": 4},
+    "hybrid of mamba-1": {"mixer": "mamba1", "d_state": 4},
+}
+DRAFTS = {
+    "always right": lambda model, texts: Scripted(texts, 0.0),
+    "always wrong": lambda model, texts: Scripted(texts, 1.0),
+    "half right": lambda model, texts: Wavering(texts, 0.5),
+    "n-gram": lambda model, texts: NGramDraft(2),
+    "the model itself": lambda model, texts: ModelDraft(model),
+    "another model": lambda model, texts: ModelDraft(build(5)),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request) -> HybridForCausalLM:
+    return build(**MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> HybridForCausalLM:
+    return build()
+
+
+def plain(model: HybridForCausalLM, count: int = COUNT) -> list[list[int]]:
+    return generate(model, PROMPTS, count, eos_token_ids=())
+
+
+def test_plain_decoding_is_the_definition(model):
+    assert plain(model) == [tiny_hybrid.greedy(model, prompt, COUNT) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 2)], ids=["one", "three"])
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_greedy_speculation_is_greedy(model, draft, k, rows):
+    wanted = [plain(model, COUNT + 12)[row] for row in rows]
+    chosen = [PROMPTS[row] for row in rows]
+    texts = [prompt + reply for prompt, reply in zip(chosen, wanted, strict=True)]
+    engine = DecodeEngine(
+        model, batch=len(rows), max_length=LENGTH, draft=DRAFTS[draft](model, texts), k=k, eos_token_ids=()
+    )
+    result = engine.generate(chosen, COUNT)
+    assert result.replies == [reply[:COUNT] for reply in wanted]
+    for row in result.stats:
+        assert row.tokens == COUNT and len(row.proposed) == len(row.accepted) == k
+        assert row.rounds >= -(-COUNT // (k + 1)), "a round gives at most K + 1 tokens"
+        assert row.proposed[0] <= row.rounds
+        assert all(a <= p for a, p in zip(row.accepted, row.proposed, strict=True))
+        assert row.accepted == sorted(row.accepted, reverse=True)
+        if draft in ("always right", "the model itself"):
+            assert row.rounds == -(-COUNT // (k + 1))
+        if draft == "always wrong":
+            assert row.rounds == COUNT and sum(row.accepted) == 0
+
+
+def test_long_texts_go_round_the_ring(hybrid):
+    """Over sixty rounds, each row accepting its own number of tokens, on slots that were used before."""
+    wanted = generate(hybrid, PROMPTS, 150, eos_token_ids=())
+    texts = [prompt + reply for prompt, reply in zip(PROMPTS, wanted, strict=True)]
+    engine = DecodeEngine(hybrid, batch=4, max_length=180, draft=Wavering(texts, 0.4), k=3, ring=8, eos_token_ids=())
+    for _ in range(2):
+        result = engine.generate(PROMPTS, 150)
+        assert result.replies == wanted
+        assert min(row.rounds for row in result.stats) > 64
+        assert len({tuple(row.accepted) for row in result.stats}) > 1
+
+
+@pytest.mark.parametrize("draft", ["always right", "half right", "the model itself"])
+@pytest.mark.parametrize("at", range(7))
+def test_end_of_turn_inside_the_window(hybrid, draft, at):
+    """Each row has its own place to stop, before, in and after the first windows of six."""
+    whole = plain(hybrid, COUNT + 8)
+    stop = [whole[0][at], whole[2][at // 2]]
+    wanted = generate(hybrid, PROMPTS, COUNT, eos_token_ids=stop)
+    texts = [prompt + reply for prompt, reply in zip(PROMPTS, whole, strict=True)]
+    engine = DecodeEngine(
+        hybrid, batch=3, max_length=LENGTH, draft=DRAFTS[draft](hybrid, texts), k=5, eos_token_ids=stop
+    )
+    assert len(wanted[0]) <= at + 1
+    assert engine.generate(PROMPTS, COUNT).replies == wanted
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 8])
+@pytest.mark.parametrize("draft", ["always right", "always wrong"])
+def test_not_one_token_too_many(hybrid, draft, count):
+    whole = plain(hybrid, COUNT + 8)
+    texts = [prompt + reply for prompt, reply in zip(PROMPTS, whole, strict=True)]
+    engine = DecodeEngine(
+        hybrid, batch=3, max_length=22 + count, draft=DRAFTS[draft](hybrid, texts), k=5, eos_token_ids=()
+    )
+    assert engine.generate(PROMPTS, count).replies == [reply[:count] for reply in whole]
+
+
+def test_what_a_round_gives_is_streamed(hybrid):
+    rounds: list[Tensor] = []
+    engine = DecodeEngine(hybrid, batch=4, max_length=LENGTH, draft=ModelDraft(hybrid), k=3, eos_token_ids=())
+    result = engine.generate(PROMPTS, 10, callback=rounds.append)
+    assert [t.shape for t in rounds] == [(3, 4)] * 3
+    streamed = [[t for step in rounds for t in step[row].tolist() if t >= 0] for row in range(3)]
+    assert streamed == result.replies == plain(hybrid, 10)
+
+
+def test_sampled_speculation_follows_the_models_distribution():
+    """The first two tokens of 3000 replies, against the distribution itself; draft and model differ."""
+    changes = {"vocab_size": 5, "n_layers": 2, "attention_layers": (1,)}
+    model, other = build(0, **changes), build(1, **changes)
+    sampling, rows, prompt = Sampling(temperature=1.5, top_k=4), 500, [3, 1, 4]
+    engine = DecodeEngine(
+        model, batch=rows, max_length=8, draft=ModelDraft(other), k=2, sampling=sampling, eos_token_ids=()
+    )
+    pairs = torch.zeros(5, 5)
+    for seed in range(6):
+        for reply in engine.generate([prompt] * rows, 3, seed=seed).replies:
+            pairs[reply[0], reply[1]] += 1
+
+    def distribution(text: list[int]) -> Tensor:
+        logits = model(torch.tensor([text], device=DEVICE))[0, -1].cpu() / sampling.temperature
+        return logits.masked_fill(logits < logits.topk(4).values[-1], float("-inf")).softmax(0)
+
+    first = distribution(prompt)
+    expected = torch.stack([first[a] * distribution([*prompt, a]) for a in range(5)]) * pairs.sum()
+    possible = expected > 0
+    assert pairs[~possible].sum() == 0
+    assert chisquare(pairs[possible].numpy(), expected[possible].double().numpy() * 1.0, sum_check=False).pvalue > 1e-3
+    assert any(row.accepted[0] < row.proposed[0] for row in engine.generate([prompt] * rows, 3).stats)
+
+
+def test_a_seed_decides_sampled_speculation(hybrid):
+    engine = DecodeEngine(
+        hybrid, batch=3, max_length=LENGTH, draft=NGramDraft(), k=3, sampling=Sampling(1.0, 0, 0.9), eos_token_ids=()
+    )
+    first = engine.generate(PROMPTS, 20, seed=1).replies
+    assert engine.generate(PROMPTS, 20, seed=1).replies == first
+    assert engine.generate(PROMPTS, 20, seed=2).replies != first
+
+
+def test_injected_acceptance_is_what_was_asked_for(hybrid):
+    engine = DecodeEngine(
+        hybrid, batch=16, max_length=140, draft=ModelDraft(build(3)), k=4, injected=0.7, eos_token_ids=()
+    )
+    stats = engine.generate(prompts(*range(1, 17)), 120, seed=5).stats
+    accepted, proposed = (sum(getattr(row, name)[0] for row in stats) for name in ("accepted", "proposed"))
+    assert 0.6 < accepted / proposed < 0.8
+    reached = sum(row.accepted[1] for row in stats) / accepted
+    assert 0.6 < reached < 0.8, "each position by itself"
+
+
+def test_fewer_prompts_than_slots(hybrid):
+    engine = DecodeEngine(hybrid, batch=5, max_length=LENGTH, draft=NGramDraft(), k=2, eos_token_ids=())
+    assert engine.generate(PROMPTS[:2], COUNT).replies == plain(hybrid)[:2]
+    assert engine.generate(PROMPTS, COUNT).replies == plain(hybrid)
+
+
+def test_long_prompts_are_read_in_pieces(monkeypatch, hybrid):
+    wanted = plain(hybrid)
+    monkeypatch.setattr("hybrid.engine.PREFILL_TOKENS", 8)
+    assert plain(hybrid) == wanted
+
+
+def test_phases_are_timed(hybrid):
+    engine = DecodeEngine(hybrid, batch=2, max_length=LENGTH, draft=ModelDraft(hybrid), k=2, eos_token_ids=())
+    spent = engine.phase_milliseconds(PROMPTS[:2], 20, repeats=3)
+    assert set(spent) == {"draft", "verify", "accept", "round"} and all(t > 0 for t in spent.values())
+    assert engine.generate(PROMPTS[:2], COUNT).replies == plain(hybrid)[:2], "and leave no trace"
+    assert DecodeEngine(hybrid, batch=1, max_length=LENGTH).phase_milliseconds(PROMPTS[:1], 9, 3)["draft"] == 0.0
+
+
+def test_bytes_include_the_drafts(hybrid):
+    alone = DecodeEngine(hybrid, batch=2, max_length=LENGTH, draft=NGramDraft(), k=2).cache_bytes()
+    both = DecodeEngine(hybrid, batch=2, max_length=LENGTH, draft=ModelDraft(hybrid), k=2).cache_bytes()
+    assert both == {kind: 2 * size for kind, size in alone.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": ModelDraft(build(vocab_size=96)), "k": 2}, "96 tokens.*97"),
+        ({"draft": NGramDraft(), "k": 20, "ring": 32}, "ring of 32.*21 tokens.*at least 42"),
+        ({"draft": NGramDraft(), "k": 0}, "k is 0"),
+        ({"k": 3}, "draft is None"),
+        ({"batch": 0}, "at least 1, got 0"),
+        ({"draft": NGramDraft(), "k": 1, "injected": 1.5}, "between 0 and 1, got 1.5"),
+    ],
+)
+def test_impossible_engines_are_refused(hybrid, options, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeEngine(hybrid, **{"batch": 2, "max_length": 32, **options})
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "message"),
+    [
+        (prompts(3, 3, 3), 4, "3 prompts.*2 slots.*`batch`"),
+        (prompts(30), 4, "prompt of 30 tokens.*34 tokens.*has 32.*`max_length`"),
+        ([[]], 4, "at least one token"),
+        ([], 4, "at least one token"),
+        (prompts(3), 0, "max_new_tokens.*got 0"),
+    ],
+)
+def test_impossible_requests_are_refused(hybrid, asked, count, message):
+    engine = DecodeEngine(hybrid, batch=2, max_length=32)
+    with pytest.raises(ValueError, match=message):
+        engine.generate(asked, count)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"temperature": -1.0}, "temperature.*-1.0"), ({"top_k": -1}, "top_k.*-1"), ({"top_p": 0.0}, "top_p.*0.0")],
+)
+def test_impossible_samplings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+def test_an_empty_suffix_is_refused():
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        NGramDraft(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 20, 0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_graph_is_what_it_was_captured_from(model, sampling, k):
+    made = []
+    for graphs in (False, True):
+        draft = ModelDraft(build(5)) if k else None
+        engine = DecodeEngine(
+            model, batch=4, max_length=LENGTH, draft=draft, k=k, sampling=sampling, graphs=graphs, eos_token_ids=()
+        )
+        made.append([engine.generate(PROMPTS, COUNT, seed=seed).replies for seed in range(3)])
+    assert made[0] == made[1]
