@@ -116,7 +116,7 @@ def sample(
 ) -> Iterator[dict[str, Any]]:
     """Conversation records, with `seed` and `index` (number of the draw); malformed draws are dropped and counted.
 
-    generate: `hybrid.generate.generate`. Draws go on until `conversations` are kept; ten barren batches stop it.
+    generate: `hybrid.generate.generate`, or a `Generator`, which does not start anew for each batch. Draws go on until `conversations` are kept; ten barren batches stop it.
     Each batch has a seed of its own from (seed, number of the batch), so the result depends on the batch size too.
     """
     tally = tally or Tally()
@@ -214,14 +214,14 @@ def _command(options: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from hybrid import load_pretrained
-    from hybrid.generate import generate
+    from hybrid.generate import Generator
 
     tokenizer = AutoTokenizer.from_pretrained(options.teacher, local_files_only=True)
     model = load_pretrained(options.teacher, device=options.device, dtype=torch.bfloat16).eval()
     sampler = Sampler(options.max_tokens, options.temperature, options.top_p, options.top_k)
     tally, started = Tally(), time.monotonic()
     records = sample(
-        generate,
+        Generator(),
         model,
         tokenizer,
         options.conversations,

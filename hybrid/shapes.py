@@ -105,7 +105,9 @@ def random_model(config: HybridConfig, device: str, dtype: torch.dtype, seed: in
         elif weight.ndim == 1:
             weight.fill_(1.0)
         else:
-            depth = 2 * config.n_layers if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")) else 1
+            depth = (
+                2 * config.n_layers if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")) else 1
+            )
             weight.normal_(std=(weight.shape[-1] * depth) ** -0.5, generator=random)
     model.load_state_dict(weights, assign=True)
     model.inv_freq = rope_frequencies(config).to(device)

@@ -121,7 +121,7 @@ def _self_chat(config: CorpusConfig, teacher: Path, tokenizer: Any, context: Sta
     import torch
 
     from hybrid import load_pretrained
-    from hybrid.generate import generate
+    from hybrid.generate import Generator
 
     settings = config.self_chat
     model = load_pretrained(teacher, device=context.device, dtype=getattr(torch, context.compute)).eval()
@@ -130,7 +130,7 @@ def _self_chat(config: CorpusConfig, teacher: Path, tokenizer: Any, context: Sta
     batch_size = min(settings.batch_size, settings.conversations)
     shown = started
     for record in self_chat.sample(
-        generate,
+        Generator(),
         model,
         tokenizer,
         settings.conversations,

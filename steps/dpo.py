@@ -15,13 +15,13 @@ from torch import Tensor
 from corpora import preferences
 from corpora.preferences import PreferencePair
 from corpora.shards import Shard
-from hybrid import HybridForCausalLM
-from hybrid.generate import generate
+from hybrid import HybridForCausalLM, load_pretrained
+from hybrid.generate import Generator
 from steps.config import DPOConfig
 from steps.loop import BatchSource, MicroBatch, autocast, train
 from steps.losses import dpo_loss, sequence_log_probability
 from steps.stage import StageContext
-from steps.students import load_student, load_teacher, measure, save_student
+from steps.students import compute_type, load_student, load_teacher, measure, save_student
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PairBatch:
 def run(config: DPOConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Pairs: the corpus's own if it has any, else the teacher's sampled reply over the student's to the same prompt."""
     teacher, student = load_teacher(inputs, context), load_student(inputs, context)
-    pairs = _pairs(config, inputs, context, teacher, student)
+    pairs = _pairs(config, inputs, context, teacher)
     reference = teacher if config.reference == "teacher" else student
     batches = _batches(pairs, reference, config, context)
 
@@ -73,7 +73,6 @@ def _pairs(
     inputs: Mapping[str, Path],
     context: StageContext,
     teacher: HybridForCausalLM,
-    student: HybridForCausalLM,
 ) -> list[PreferencePair]:
     given = inputs["corpus"] / "preferences.jsonl"
     if given.is_file():
@@ -81,7 +80,7 @@ def _pairs(
 
         pairs = preferences.load(given, AutoTokenizer.from_pretrained(inputs["teacher"]))[: config.pairs]
     else:
-        pairs = _self_made_pairs(config, inputs, context, teacher, student)
+        pairs = _self_made_pairs(config, inputs, context, teacher)
     usable = [pair for pair in pairs if pair.informative]
     if len(usable) < config.batch_size:
         raise preferences.PreferenceError(
@@ -96,19 +95,19 @@ def _self_made_pairs(
     inputs: Mapping[str, Path],
     context: StageContext,
     teacher: HybridForCausalLM,
-    student: HybridForCausalLM,
 ) -> list[PreferencePair]:
     prompts = preferences.prompts(Shard.load(inputs["corpus"] / "train.npz"), config.max_prompt_tokens)
     order = np.random.default_rng(context.seed).permutation(len(prompts))[: config.pairs]
     prompts = [prompts[i] for i in order]
     replies: dict[str, list[list[int]]] = {"teacher": [], "student": []}
-    with autocast(context):
+    student = load_pretrained(inputs["student"], context.device, compute_type(context))  # decodes in one type
+    for name, model in (("teacher", teacher), ("student", student)):
+        generate = Generator()
         for start in range(0, len(prompts), config.generation_batch):
             part = [list(tokens) for _, tokens in prompts[start : start + config.generation_batch]]
-            for name, model in (("teacher", teacher), ("student", student)):
-                replies[name] += generate(
-                    model, part, config.max_reply_tokens, temperature=1.0, top_p=0.95, seed=context.seed + start
-                )
+            replies[name] += generate(
+                model, part, config.max_reply_tokens, temperature=1.0, top_p=0.95, seed=context.seed + start
+            )
     return [
         PreferencePair(tokens, tuple(chosen), tuple(rejected), name)
         for (name, tokens), chosen, rejected in zip(prompts, replies["teacher"], replies["student"], strict=True)

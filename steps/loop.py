@@ -144,8 +144,8 @@ def select_parameters(model: HybridForCausalLM, config: TrainConfig) -> list[tup
 
 def _decayed(group: dict[str, Tensor], weight_decay: float) -> list[tuple[list[Tensor], float]]:
     """Matrices decay; norms, biases, A_log, dt_bias and D do not, as in mamba-ssm."""
-    matrices = [p for p in group.values() if p.ndim > 1]
-    others = [p for p in group.values() if p.ndim <= 1]
+    matrices = [p for name, p in group.items() if p.ndim > 1 and not name.endswith("A_log")]  # Mamba-1's is (D, N)
+    others = [p for name, p in group.items() if p.ndim <= 1 or name.endswith("A_log")]
     return [(part, decay) for part, decay in ((matrices, weight_decay), (others, 0.0)) if part]
 
 

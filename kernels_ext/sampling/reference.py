@@ -35,6 +35,7 @@ def filtered_probabilities(logits: Tensor, temperature: float, top_k: int, top_p
     """
     check_filter(temperature, top_k, top_p, greedy_allowed=False)
     logits = logits.float()
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # before the division, which rounds
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

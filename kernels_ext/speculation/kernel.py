@@ -37,8 +37,8 @@ def _accept_chosen(
     chosen: Tensor, draft: Tensor, n_draft: Tensor, uniforms: Tensor | None, rate: Tensor | None, config: dict | None
 ) -> tuple[Tensor, Tensor]:
     batch, proposals = draft.shape
-    assert chosen.shape == (batch, proposals + 1) and chosen.stride(1) == 1 and draft.stride(1) == 1
-    assert uniforms is None or uniforms.stride(1) == 1
+    assert chosen.shape == (batch, proposals + 1)
+    assert _rows_are_dense(chosen, draft) and (uniforms is None or _rows_are_dense(uniforms))
     n_accepted, following = (torch.empty(batch, dtype=torch.int32, device=draft.device) for _ in range(2))
     _accept_chosen_kernel[(batch,)](
         chosen,
@@ -65,7 +65,7 @@ def accept_sampled(
     """See `reference.accept_sampled`."""
     batch, proposals = draft.shape
     vocabulary = p.shape[2]
-    assert p.shape[1] == proposals + 1 and p.stride(2) == 1 and draft.stride(1) == 1 and uniforms.stride(1) == 1
+    assert p.shape[1] == proposals + 1 and p.stride(2) == 1 and _rows_are_dense(draft, uniforms)
     assert q is None or (q.shape == (batch, proposals, vocabulary) and q.stride(2) == 1)
     n_accepted, following = (torch.empty(batch, dtype=torch.int32, device=draft.device) for _ in range(2))
     _accept_sampled_kernel[(batch,)](
@@ -114,7 +114,7 @@ def advance(
 ) -> None:
     """See `reference.advance`."""
     batch, proposals = draft.shape
-    assert all(t.stride(1) == 1 for t in (draft, text, emitted, proposed, accepted))
+    assert _rows_are_dense(draft, text, emitted, proposed, accepted)
     _advance_kernel[(batch,)](
         n_accepted,
         next,
@@ -154,7 +154,7 @@ def ngram_propose(
             f"look-up takes suffixes of at most 31 tokens in texts of fewer than {FOUND.value}, "
             f"got {longest} in {text.shape[1]}"
         )
-    assert text.stride(1) == 1
+    assert _rows_are_dense(text)
     batch = slots.shape[0]
     draft = torch.empty(batch, k, dtype=torch.int32, device=text.device)
     n_draft = torch.empty(batch, dtype=torch.int32, device=text.device)
@@ -171,6 +171,10 @@ def ngram_propose(
         **(launch_config("ngram_propose") | (config or {})),
     )
     return draft, n_draft
+
+
+def _rows_are_dense(*matrices: Tensor) -> bool:
+    return all(m.stride(1) == 1 or m.shape[1] <= 1 for m in matrices)
 
 
 def _window_block(proposals: int) -> int:

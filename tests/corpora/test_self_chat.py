@@ -150,7 +150,8 @@ def test_command_writes_corpus_and_manifest(tmp_path, monkeypatch):
     tokenizer = tiny.tokenizer()
     import hybrid.generate
 
-    monkeypatch.setattr(hybrid.generate, "generate", scripted(tokenizer, [f"hey {i}{TO_REPLY}ho" for i in range(4)])[0])
+    stand_in = scripted(tokenizer, [f"hey {i}{TO_REPLY}ho" for i in range(4)])[0]
+    monkeypatch.setattr(hybrid.generate, "Generator", lambda: stand_in)
     out = tmp_path / "corpus.jsonl.gz"
     self_chat.main([str(folder), str(out), "--conversations", "3", "--batch-size", "2", "--max-tokens", "80"])
     manifest = json.loads((tmp_path / "corpus.manifest.json").read_text())
@@ -163,7 +164,8 @@ def test_command_writes_corpus_and_manifest(tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(manifest)
     again = [*manifest["command"].split()[3:]]
     again[:2] = [str(folder), str(tmp_path / "again.jsonl.gz")]
-    monkeypatch.setattr(hybrid.generate, "generate", scripted(tokenizer, [f"hey {i}{TO_REPLY}ho" for i in range(4)])[0])
+    stand_in = scripted(tokenizer, [f"hey {i}{TO_REPLY}ho" for i in range(4)])[0]
+    monkeypatch.setattr(hybrid.generate, "Generator", lambda: stand_in)
     self_chat.main(again)
     assert json.loads((tmp_path / "again.manifest.json").read_text())["sha256"] == manifest["sha256"]
 

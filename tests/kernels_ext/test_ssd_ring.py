@@ -365,7 +365,7 @@ def test_rounds_of_any_acceptance(ops):
             decoder.fold([2, -1, 0])
             for slot in (0, 2):
                 assert error(decoder.state[slot], states[slot, decoder.read[slot]]) < 5e-6
-        if round_number in (20, 45):
+        if round_number in (10, 25):
             decoder.restart(1)
     assert folds > 10
     assert min(decoder.read) > ring, "each ring wraps around"

@@ -98,7 +98,7 @@ def test_self_chat_is_added_to_the_sources_and_seeded(build, source, monkeypatch
         said = "say {} of {}<|im_end|>\n<|im_start|>assistant\nso be it"
         return [tokenizer(said.format(i, seed), add_special_tokens=False)["input_ids"] for i in range(len(prompts))]
 
-    monkeypatch.setattr(hybrid.generate, "generate", generate)
+    monkeypatch.setattr(hybrid.generate, "Generator", lambda: generate)
     settings = SelfChatConfig(conversations=5, max_tokens=90, batch_size=3)
     out, summary = build(sources=[source], self_chat=settings, held_out_conversations=4, progress=shown.append)
     assert summary["sources"]["self_chat"]["conversations"] == 5
@@ -106,7 +106,7 @@ def test_self_chat_is_added_to_the_sources_and_seeded(build, source, monkeypatch
     assert len(ids) == 45 and sum(i.startswith("selfchat-0-") for i in ids) == 5
     assert len(set(seeds)) == 2
     assert shown[-1].done == shown[-1].total == 5
-    monkeypatch.setattr(hybrid.generate, "generate", lambda *a, seed, **k: generate(*a, seed=seed, **k))
+    monkeypatch.setattr(hybrid.generate, "Generator", lambda: lambda *a, seed, **k: generate(*a, seed=seed, **k))
     build("again", seed=1, self_chat=settings, held_out_conversations=2)
     assert not set(seeds[2:]) & set(seeds[:2])
 
