@@ -85,9 +85,10 @@ def random_model(config: HybridConfig, device: str, dtype: torch.dtype, seed: in
     """Weights drawn on the device in their own type, so that 8 billion of them take no time; A_log, dt_bias and D are
     float32.
 
-    Every projection keeps the size of its input; those that end on the residual stream are smaller by √(2·layers), so
-    that rounding does not grow with depth and logits of different kernels can be compared. Steps and decays are those
-    that Mamba starts with (2312.00752 §3.6).
+    Every projection keeps the size of its input; those that end on the residual stream are smaller by √(2·layers), and
+    the stream starts at size 1 unless the embedding is the head too, so that rounding is not amplified from layer to
+    layer and logits of different kernels can be compared. Steps and decays are those that Mamba starts with (2312.00752
+    §3.6).
     """
     random = torch.Generator(device=device).manual_seed(seed)
     with torch.device("meta"):
@@ -104,11 +105,12 @@ def random_model(config: HybridConfig, device: str, dtype: torch.dtype, seed: in
             weight.zero_()
         elif weight.ndim == 1:
             weight.fill_(1.0)
+        elif "embed_tokens" in name and not config.tie_word_embeddings:
+            weight.normal_(generator=random)
         else:
-            depth = (
-                2 * config.n_layers if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")) else 1
-            )
-            weight.normal_(std=(weight.shape[-1] * depth) ** -0.5, generator=random)
+            ends_on_stream = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
+            shrink = 2 * config.n_layers if ends_on_stream else 1
+            weight.normal_(std=(weight.shape[-1] * shrink) ** -0.5, generator=random)
     model.load_state_dict(weights, assign=True)
     model.inv_freq = rope_frequencies(config).to(device)
     return model.requires_grad_(False).eval()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from kernels_ext.causal_conv.reference import causal_conv
 from kernels_ext.gated_norm import reference as gated_norm_reference
@@ -52,9 +51,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-FEW_ROWS = 16
-"""Up to so many rows a matrix product is the reading of its weight, and the kernels of `linear` are for that."""
 
 
 def uses_kernels(device_type: str) -> bool:
@@ -124,41 +120,42 @@ def norm_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """RMSNorm(x)·weightᵀ + bias, (M, out); x (M, K), weight (out, K). out_dtype: x's, or float32 for logits."""
+    """See kernels_ext/linear/reference.py."""
     if (few := _few_rows(x, weight)) is not None:
-        return few.norm_linear(x, norm_weight, eps, weight, bias, out_dtype=out_dtype)
+        return few.norm_linear(x, norm_weight, eps, weight, bias, out_dtype)
+    if not uses_kernels(x.device.type):
+        return linear.norm_linear(x, norm_weight, eps, weight, bias, out_dtype)
     normed = rms_norm(x, norm_weight, eps)
-    if out_dtype in (None, x.dtype):
-        return linear(normed, weight, bias)
-    if x.is_cuda and bias is None:
+    if out_dtype == torch.float32 and bias is None and x.dtype != torch.float32:
         return torch.mm(normed, weight.t(), out_dtype=out_dtype)
-    return linear(normed, weight, bias).to(out_dtype)
+    return linear.linear(normed, weight, bias).to(out_dtype or x.dtype)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """x·weightᵀ + residual, (M, out)."""
+    """See kernels_ext/linear/reference.py."""
     if (few := _few_rows(x, weight)) is not None:
         return few.linear_add(x, weight, residual)
-    return torch.addmm(residual, x, weight.t())
+    return linear.linear_add(x, weight, residual)
 
 
 def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Tensor) -> Tensor:
-    """silu(RMSNorm(x)·gateᵀ)·(RMSNorm(x)·upᵀ), (M, F); gate_up (2F, K) holds gate, then up."""
+    """See kernels_ext/linear/reference.py."""
     if (few := _few_rows(x, gate_up)) is not None:
         return few.norm_swiglu(x, norm_weight, eps, gate_up)
-    normed = rms_norm(x, norm_weight, eps)
-    return silu_mul(linear(normed, gate_up))
+    if not uses_kernels(x.device.type):
+        return linear.norm_swiglu(x, norm_weight, eps, gate_up)
+    return silu_mul(linear.linear(rms_norm(x, norm_weight, eps), gate_up))
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> Any:
-    """The kernels for few rows, if they are for these."""
-    if x.shape[0] > FEW_ROWS or not uses_kernels(x.device.type):
+    """The kernels for few rows, where a product is the reading of its weight, if they serve these."""
+    if not uses_kernels(x.device.type):
         return None
     try:
         from kernels_ext.linear import kernel
     except ImportError:
         return None
-    return kernel
+    return kernel if kernel.fits(x, weight) else None
 
 
 @cache

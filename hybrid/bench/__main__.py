@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.judge(table)
         _say("\n" + "\n".join(rows.verdicts(table)))
     if chosen.trace:
-        traces = bench.traces()
-        for name, kernels in traces.items():
+        found["trace"] = {}
+        for name, kernels in bench.traces():
             _say("\n" + trace.table(f"kernels of one round of {name}, batch 1:", kernels))
-        found["trace"] = {name: [asdict(kernel) for kernel in kernels] for name, kernels in traces.items()}
+            found["trace"][name] = [asdict(kernel) for kernel in kernels]
     found.update(seconds=round(time.monotonic() - started, 1), rows=[asdict(row) for row in table])
     line = json.dumps(found, ensure_ascii=False)
     if chosen.json:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(chosen: argparse.Namespace) -> Settings:
     """The device's defaults, changed by what was given."""
     given = {name: value for name, value in vars(chosen).items() if name in Settings.__dataclass_fields__}
-    changes = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    changes: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
     settings = replace(Settings() if chosen.device == "cuda" else Settings.tiny(), **changes)
     return replace(settings, few_ks=settings.ks) if chosen.ks else settings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import statistics
 import time
@@ -18,6 +19,8 @@ import torch
 from hybrid.bench import arithmetic, peers, trace
 from hybrid.bench.rows import Row
 from hybrid.bench.timed import (
+    GATE_PROMPT,
+    GATE_TOKENS,
     RefusedError,
     Spread,
     TimedEngine,
@@ -31,6 +34,8 @@ from hybrid.engine import Generated, Sampling
 from hybrid.model import HybridForCausalLM
 from hybrid.shapes import draft_of, random_model, shape
 from kernels_ext.bench import copy_bandwidth
+
+log = logging.getLogger(__name__)
 
 NAMES = ("plain", "synthetic", "speculative", "selfchat", "transformers")
 SEVERAL_PROMPTS = 8
@@ -107,6 +112,7 @@ class Job:
         except RefusedError as error:
             self.row.note = str(error)
         except Exception as error:
+            log.warning("%s", self.row.name, exc_info=True)
             lines = str(error).strip().splitlines()
             self.row.note = f"failed: {type(error).__name__}: {lines[-1] if lines else ''}"[:200]
 
@@ -127,7 +133,7 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._models: dict[str, HybridForCausalLM] = {}
-        self._plain: dict[tuple[str, int], Spread] = {}
+        self._plain: dict[int, Spread] = {}
         self._decoded: dict[int, Decoded] = {}
 
     @cached_property
@@ -137,15 +143,12 @@ class Bench:
 
     def jobs(self, names: Sequence[str]) -> Iterator[Job]:
         settings = self.settings
-        named = {"plain": settings.shape, "synthetic": settings.shape}
         for batch in settings.batches if "plain" in names else ():
             yield self._job(self.plain, "plain", settings.shape, batch, settings.context)
         if "synthetic" in names:
             for batch in settings.batches:
                 for k in settings.ks if batch == 1 else settings.few_ks:
-                    yield self._job(
-                        self.synthetic, "synthetic", named["synthetic"], batch, settings.context, "two layers", k
-                    )
+                    yield self._job(self.synthetic, "synthetic", settings.shape, batch, settings.context, "2 layers", k)
         if "speculative" in names:
             assert settings.model is not None
             for batch in settings.batches:
@@ -183,9 +186,9 @@ class Bench:
         """Speculation with random weights whose proposals are accepted at a given rate, whatever they are."""
         settings = self.settings
         model = self._random(settings.shape)
-        if (settings.shape, row.batch) not in self._plain:
+        if row.batch not in self._plain:
             self._plain_round(model, row.batch)
-        plain = self._plain[settings.shape, row.batch]
+        plain = self._plain[row.batch]
         if "draft" not in self._models:
             self._models["draft"] = random_model(draft_of(model.config), settings.device, settings.dtype, seed=1)
         engine = TimedEngine(
@@ -200,7 +203,7 @@ class Bench:
         engine.unread = True
         prompts = [[1] * row.context] * row.batch
         spread, tokens = engine.time_rounds(prompts, settings.rounds, settings.repeats)
-        phases = engine.phase_milliseconds(prompts, settings.rounds * (row.k + 1), settings.rounds - 2)
+        phases = self._phases(engine, prompts)
         parts = predictable(phases, row.k)
         alpha = settings.acceptance
         row.note = f"SYNTHETIC: random weights, proposals accepted with probability {alpha:g}"
@@ -237,7 +240,7 @@ class Bench:
         """Sampling many conversations at once, as the corpus stage does, prompts read included."""
         settings = self.settings
         model = self._llama()
-        longest = max(row.context, *settings.contexts) + settings.rounds + 1
+        longest = max(settings.chat_prompt + GATE_TOKENS, row.context, self._room(max(settings.contexts), 0))
         sampling = Sampling(temperature=1.0, top_p=0.95)
         engine = TimedEngine(model, batch=row.batch, max_length=longest, sampling=sampling)
         prompts = short_prompts(model, row.batch, settings.chat_prompt)
@@ -251,7 +254,7 @@ class Bench:
         for length in settings.contexts:
             read = [[1] * length] * row.batch
             rounds[length] = engine.time_rounds(read, settings.rounds, settings.repeats)[0].median
-            phases[length] = engine.phase_milliseconds(read, settings.rounds, max(1, settings.rounds - 2))
+            phases[length] = self._phases(engine, read)
         row.details = {
             "steady_tokens_per_second": made / statistics.median(r.decode_seconds for r in runs),
             "prefill_ms": statistics.median(r.prefill_seconds for r in runs) * 1e3,
@@ -285,7 +288,7 @@ class Bench:
         """One greedy reply beside transformers with a static cache and torch.compile."""
         settings = self.settings
         model = self._llama()
-        engine = TimedEngine(model, batch=1, max_length=row.context + 16)
+        engine = TimedEngine(model, batch=1, max_length=max(row.context, settings.chat_prompt + GATE_TOKENS))
         prompts = short_prompts(model, 1, settings.chat_prompt)
         require(engine, prompts)
         runs = [engine.generate(prompts, settings.static_tokens) for _ in range(settings.repeats + 1)][1:]
@@ -303,18 +306,16 @@ class Bench:
         their_ms = theirs.median / settings.static_tokens * 1e3
         row.compare(f"transformers (static cache, compiled): {their_ms:.3f} ms per token", their_ms / ours.median)
 
-    def traces(self) -> dict[str, list[trace.Kernel]]:
+    def traces(self) -> Iterator[tuple[str, list[trace.Kernel]]]:
         """Kernels of a plain round at batch 1, by shape."""
         settings = self.settings
-        found = {}
         for model, name, context in (
             (self._random(settings.shape), settings.shape, settings.context),
             (self._llama(), settings.llama, settings.contexts[-1]),
         ):
-            engine = TimedEngine(model, batch=1, max_length=self._room(context, 0))
+            engine = TimedEngine(model, batch=1, max_length=context + trace.TRACED_ROUNDS + 1)
             engine.unread = True
-            found[name] = trace.kernels_in_a_round(engine, [[1] * context])
-        return found
+            yield name, trace.kernels_in_a_round(engine, [[1] * context])
 
     def _plain_round(self, model: HybridForCausalLM, batch: int) -> tuple[Spread, dict[str, float]]:
         """ms per step of plain decoding at the context, and its phases; RefusedError if it is wrong."""
@@ -324,8 +325,12 @@ class Bench:
         engine.unread = True
         prompts = [[1] * settings.context] * batch
         spread, _ = engine.time_rounds(prompts, settings.rounds, settings.repeats)
-        self._plain[settings.shape, batch] = spread
-        return spread, engine.phase_milliseconds(prompts, settings.rounds, max(1, settings.rounds - 2))
+        self._plain[batch] = spread
+        return spread, self._phases(engine, prompts)
+
+    def _phases(self, engine: TimedEngine, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
+        rounds = self.settings.rounds
+        return engine.phase_milliseconds(prompts, rounds * (engine.k + 1), repeats=rounds - 1)
 
     def _decode(
         self,
@@ -336,7 +341,7 @@ class Bench:
         k: int = 0,
     ) -> Decoded:
         settings = self.settings
-        longest = max(len(p) for p in prompts) + settings.new_tokens
+        longest = max(len(p) for p in prompts) + max(settings.new_tokens, GATE_TOKENS)
         engine = TimedEngine(
             model, make_draft=make_draft, k=k, batch=batch, max_length=longest, eos_token_ids=model.config.eos_token_ids
         )
@@ -364,7 +369,7 @@ class Bench:
 
     def _room(self, context: int, k: int) -> int:
         """max_length for timing rounds at a context, and for the short prompts of the gate."""
-        return context + (self.settings.rounds + 1) * (k + 1)
+        return max(context + (self.settings.rounds + 1) * (k + 1), GATE_PROMPT + GATE_TOKENS)
 
     def _random(self, name: str) -> HybridForCausalLM:
         if name not in self._models:
@@ -389,24 +394,24 @@ def predictable(phases: dict[str, float], k: int) -> dict[str, float]:
 
 
 def acceptance(runs: Sequence[Generated], k: int) -> dict[str, Any]:
-    """Over all prompts: tokens per verification; the share of proposals that was accepted, and by position, of those
-    positions that the accepted ones before it reached."""
+    """Over all prompts: tokens per verification, and the share of proposals that was accepted of those whose
+    forerunners were all accepted, in all and by position."""
     stats = [s for run in runs for s in run.stats]
     proposed = [sum(s.proposed[i] for s in stats) for i in range(k)]
     accepted = [sum(s.accepted[i] for s in stats) for i in range(k)]
     reached = [proposed[0], *(min(a, p) for a, p in zip(accepted, proposed[1:], strict=False))]
     return {
         "tokens_per_verification": sum(s.tokens for s in stats) / max(1, sum(s.rounds for s in stats)),
-        "acceptance": sum(accepted) / sum(proposed) if sum(proposed) else None,
+        "acceptance": sum(accepted) / sum(reached) if sum(reached) else None,
         "acceptance_by_position": [a / r if r else None for a, r in zip(accepted, reached, strict=True)],
     }
 
 
 def short_prompts(model: HybridForCausalLM, count: int, length: int | None = None) -> list[list[int]]:
-    """Random tokens; of 5 to 24 of them unless `length` says how many."""
+    """Random tokens; 5 to GATE_PROMPT of them unless `length` says how many."""
     draw = random.Random(0)
     vocabulary = model.config.vocab_size
-    return [[draw.randrange(vocabulary) for _ in range(length or draw.randint(5, 24))] for _ in range(count)]
+    return [[draw.randrange(vocabulary) for _ in range(length or draw.randint(5, GATE_PROMPT))] for _ in range(count)]
 
 
 def read_prompts(path: Path) -> list[list[int]]:

@@ -13,8 +13,8 @@ from hybrid.model import HybridForCausalLM
 
 
 def transformers_twin(model: HybridForCausalLM) -> Any:
-    """A LlamaForCausalLM (SDPA) with the weights of an all-attention model. ValueError if the model has other mixers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A LlamaForCausalLM (SDPA) with an all-attention model's weights. ValueError if the model has other mixers."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = model.config
     if config.mamba_layers:
@@ -34,10 +34,9 @@ def transformers_twin(model: HybridForCausalLM) -> Any:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
-        attn_implementation="sdpa",
     )
     with torch.device(model.device):
-        twin = LlamaForCausalLM(shape).to(model.dtype)
+        twin = AutoModelForCausalLM.from_config(shape, dtype=model.dtype, attn_implementation="sdpa")
     twin.load_state_dict(model.state_dict(), strict=not config.tie_word_embeddings)
     return twin.requires_grad_(False).eval()
 
@@ -57,7 +56,6 @@ def generate_seconds(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
             **options,
         )
         spans.append(_now(tokens.device) - began)

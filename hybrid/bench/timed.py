@@ -16,11 +16,15 @@ from hybrid.drafts import Draft
 from hybrid.engine import DecodeEngine
 from hybrid.model import HybridForCausalLM
 
+GATE_PROMPT = 24
 GATE_TOKENS = 16
-LOGITS_TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
-"""Largest relative Frobenius error of decode's logits against the full forward's."""
-TIE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
-"""Logits closer than so many standard deviations of all logits may change places between two ways to compute them."""
+"""What `require` decodes: replies to short prompts."""
+LOGITS_TOLERANCE = {torch.bfloat16: 4e-2, torch.float32: 1e-4}
+"""Largest relative Frobenius error of decode's logits against the full forward's. Rounding the residual stream to
+bfloat16 after each of 64 additions alone makes 1.2e-2 to 2e-2 between two right ways to compute them."""
+TIE = {torch.bfloat16: 0.1, torch.float32: 1e-4}
+"""Logits closer than so many standard deviations of all logits may change places between two ways to compute them:
+five times the difference that rounding makes."""
 
 Agreement = Literal["exact", "near_tie", "wrong"]
 

@@ -193,11 +193,12 @@ def norm_linear(
     eps: float,
     weight: Tensor,
     bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     *,
     config: dict[str, Any] | None = None,
 ) -> Tensor:
     """See `reference.norm_linear`; x·norm_weight is rounded once here, where the reference rounds twice."""
-    return _launch(x, weight, norm_weight, eps, bias, None, False, config)
+    return _launch(x, weight, norm_weight, eps, bias, None, False, config, out_dtype)
 
 
 def linear_add(
@@ -246,8 +247,9 @@ def candidates(M: int, Nout: int, K: int, gated: bool = False) -> list[dict[str,
         for BLOCK_K in (256, 512, 1024, 2048, 4096):
             for BLOCK_N in (1, 2, 4, 8):
                 loads = weights * BLOCK_N * BLOCK_K // (8 * 32 * num_warps)  # of 16 bytes, by one thread
-                sums = triton.next_power_of_2(M) * weights * BLOCK_N
-                if 256 * num_warps <= BLOCK_K <= whole and loads in (4, 8) and sums <= 16:
+                rows = triton.next_power_of_2(M)
+                sums, inputs = rows * weights * BLOCK_N, rows * BLOCK_K // (32 * num_warps)
+                if 256 * num_warps <= BLOCK_K <= whole and loads in (4, 8) and sums <= 16 and inputs <= 128:
                     found.append(_config(BLOCK_N, BLOCK_K, False, num_warps, 1))
     unique = [config for i, config in enumerate(found) if config not in found[:i]]
     return unique[:24]
@@ -292,10 +294,12 @@ def _launch(
     residual: Tensor | None,
     gated: bool,
     config: dict[str, Any] | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     M, K = x.shape
     N = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty(M, N, dtype=x.dtype if residual is None else residual.dtype, device=x.device)
+    out_dtype = out_dtype or (x if residual is None else residual).dtype
+    out = torch.empty(M, N, dtype=out_dtype, device=x.device)
     chosen = launch_config(M, N, K, x.dtype, gated) | (config or {})
     launch_pdl = chosen.pop("launch_pdl") and not INTERPRETED
     if launch_pdl:

@@ -16,12 +16,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """RMSNorm(x)·weightᵀ + bias, RMSNorm(x) = norm_weight · x / sqrt(mean(x²) + eps) (1910.07467 §3).
 
-    x (M, K), norm_weight (K,), weight (Nout, K), bias (Nout,) or None. Returns (M, Nout).
+    x (M, K), norm_weight (K,), weight (Nout, K), bias (Nout,) or None. Returns (M, Nout) in out_dtype,
+    the weight's type if None: float32 keeps the sums of logits as they are.
     """
-    return F.linear(_rms_norm(x, norm_weight, eps).to(weight.dtype), weight, bias)
+    normed = _rms_norm(x, norm_weight, eps).to(weight.dtype)
+    if out_dtype == torch.float32 and x.is_cuda and bias is None and weight.dtype != torch.float32:
+        return torch.mm(normed, weight.t(), out_dtype=out_dtype)
+    return F.linear(normed, weight, bias).to(out_dtype or weight.dtype)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:

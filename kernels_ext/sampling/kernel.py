@@ -171,6 +171,7 @@ def _largest_threshold(
     """The largest t such that the tokens with logit ≥ t have together at least the weight (BY_MASS) or number `needed`.
 
     low is known to be such a t, high not to be; both are numbers of the logits' type. total: weight or number of all.
+    Returns t and what lies at or above it, which is `total` if t is still low.
     """
     element = row.dtype.element_ty
     offsets = tl.arange(0, BLOCK)
@@ -206,7 +207,7 @@ def _largest_threshold(
         else:
             surplus = above_low - above_high - 1.5
         middle = (low + 0.5 * (high - low)).to(element).to(tl.float32)
-    return low
+    return low, above_low
 
 
 @triton.jit
@@ -220,18 +221,21 @@ def _filter(
     # Two steps of the coarsest type, which has 8 bits.
     beyond = (maximum + tl.abs(maximum) * 0.015625 + 1e-20).to(element).to(tl.float32)
     if TOP_K:
-        low = _minimum(row, V, maximum, BLOCK)
-        threshold = _largest_threshold(
-            row, V, low, beyond, top_k, total * 0.0 + V, maximum, scale, closest, False, BLOCK
+        bound = _minimum(row, V, maximum, BLOCK)
+        threshold, _ = _largest_threshold(
+            row, V, bound, beyond, top_k, total * 0.0 + V, maximum, scale, closest, False, BLOCK
         )
         total = _kept_mass(row, V, maximum, threshold, scale, BLOCK)
     if TOP_P:
         # Tokens of less than outside/V of the mass each hold less than `outside` of it together: the rest is enough.
-        low = maximum + tl.log2(outside * total / V) / scale
-        low = (low - tl.abs(low) * 0.015625 - 1e-20).to(element).to(tl.float32)
-        low = tl.maximum(low, threshold)
-        threshold = _largest_threshold(row, V, low, beyond, top_p * total, total, maximum, scale, closest, True, BLOCK)
-        total = _kept_mass(row, V, maximum, threshold, scale, BLOCK)
+        bound = maximum + tl.log2(outside * total / V) / scale
+        bound = (bound - tl.abs(bound) * 0.015625 - 1e-20).to(element).to(tl.float32)
+        bound = tl.maximum(bound, threshold)
+        threshold, total = _largest_threshold(
+            row, V, bound, beyond, top_p * total, total, maximum, scale, closest, True, BLOCK
+        )
+        if threshold == bound:  # the search has not measured it
+            total = _kept_mass(row, V, maximum, threshold, scale, BLOCK)
     return maximum, threshold, total
 
 

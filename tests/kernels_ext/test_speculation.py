@@ -201,14 +201,14 @@ def new_round(k: int, seed: int, batch: int = 5) -> dict:
     slots[rng.integers(batch)] = -1
     return {
         "n_accepted": integers([rng.integers(0, n + 1) for n in n_draft]),
-        "next": integers(rng.integers(0, 9, batch)),
-        "draft": integers(rng.integers(0, 9, (batch, k))),
+        "next": integers(rng.integers(0, 6, batch)),
+        "draft": integers(rng.integers(0, 6, (batch, k))),
         "text": integers(rng.integers(-9, 9, (CAPACITY, MAXIMUM))),
         "lengths": integers(lengths),
         "folded": integers(lengths - np.minimum(lengths, rng.integers(0, 2 * k + 3, CAPACITY))),
         "slots": integers(slots),
-        "ends": integers(lengths + rng.integers(2, 8, CAPACITY)),
-        "stop": integers(rng.integers(0, 9, seed % 4)),
+        "ends": integers(lengths + rng.integers(2, 6, CAPACITY)),
+        "stop": integers(rng.integers(0, 6, seed % 4)),
         "window": k + 1,
         "ring": 2 * (k + 1) + seed % 3,
         "emitted": integers(np.full((batch, k + 1), -7)),
@@ -216,7 +216,7 @@ def new_round(k: int, seed: int, batch: int = 5) -> dict:
         "n_draft": integers(n_draft),
         "proposed": integers(rng.integers(0, 9, (batch, k))),
         "accepted": integers(rng.integers(0, 9, (batch, k))),
-        "rounds": integers(rng.integers(0, 9, batch)),
+        "rounds": integers(rng.integers(0, 6, batch)),
     }
 
 

@@ -144,20 +144,21 @@ def test_update_without_slots(ops):
 @BOTH
 @pytest.mark.parametrize("state_type", [FLOAT, HALF])
 def test_padding_alone_touches_nothing(ops, state_type):
-    stream = Stream(2, 2, 2, 1, 16, 16, FLOAT)
-    rings = Rings(stream, 2, 4)
-    state = stream.first.to(state_type)
-    state[0, 0, 0, 0], state[0, 0, 0, 1] = -0.0, float("nan")
-    before = state.clone()
-    slots, cursors = integers(-1, -1), integers(0, 0)
-    x, dt, B, C = (t[:, 0] for t in (stream.x, stream.dt, stream.B, stream.C))
+    """Nor what lies before slot 0, where a slot of −1 would lead."""
+    stream = Stream(2, 3, 2, 1, 16, 16, FLOAT)
+    rings = Rings(stream, 3, 6)
+    rings.x.fill_(1.0), rings.B.fill_(1.0), rings.dt.fill_(1.0)
+    whole = stream.first.to(state_type)
+    whole[1, 0, 0, 0], whole[1, 0, 0, 1] = -0.0, float("nan")
+    before = whole.clone()
+    state, ring_x, ring_B, ring_dt = (t[1:] for t in (whole, rings.x, rings.B, rings.dt))
+    lengths, folded, slots = integers(3, 3, 3)[1:], integers(0, 0, 0)[1:], integers(-1, -1)
+    x, dt, B, C = (t[:2, 0] for t in (stream.x, stream.dt, stream.B, stream.C))
     assert not ops.ssd_update(state, x, dt, stream.A, B, C, stream.D, slots).any()
-    y = ops.ssd_verify(
-        state, rings.x, rings.B, rings.dt, stream.C, stream.A, stream.D, integers(4, 4), cursors, slots, window=2
-    )
-    assert not y.any()
-    ops.ssd_fold(state, rings.x, rings.B, rings.dt, stream.A, integers(4, 4), cursors, slots)
-    assert same_bits(state, before)
+    fixed = stream.A, stream.D, lengths, folded, slots
+    assert not ops.ssd_verify(state, ring_x, ring_B, ring_dt, stream.C[:2], *fixed, window=2).any()
+    ops.ssd_fold(state, ring_x, ring_B, ring_dt, stream.A, lengths, folded, slots)
+    assert same_bits(whole, before)
 
 
 VERIFICATIONS = [  # headdim, d_state, groups, heads, tokens, offset, window, ring, state, activations, D
