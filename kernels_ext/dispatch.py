@@ -6,19 +6,27 @@ the kernels run on a CPU, slowly, for tests. Training's scan and convolution dif
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels_ext.attention import reference as attention
+from kernels_ext.causal_conv import ring_reference as causal_conv_ring
 from kernels_ext.causal_conv.reference import causal_conv
-from kernels_ext.gated_norm import reference as gated_norm_reference
+from kernels_ext.gated_norm import reference as gated_norm
+from kernels_ext.linear import reference as linear
+from kernels_ext.rms_norm import reference as rms_norm_reference
+from kernels_ext.sampling import reference as sampling
+from kernels_ext.selective_scan import reference as selective_scan
+from kernels_ext.speculation import reference as speculation
+from kernels_ext.ssd import ring_reference as ssd_ring
 from kernels_ext.ssd.reference import CHUNK_SIZE, ssd_chunked
+from kernels_ext.swiglu import reference as swiglu
 
 __all__ = [
     "accept_greedy",
@@ -58,58 +66,77 @@ def uses_kernels(device_type: str) -> bool:
     return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _operator(name: str, package: str, reference: str = "reference") -> Callable[..., Any]:
-    """The decoding operator `name` of a package: its `kernel` module's, or that of the plain PyTorch module."""
+@cache
+def triton_kernels() -> dict[str, Callable[..., Any]]:
+    """The decoding operators' Triton kernels by name; none where Triton is not installed."""
+    try:
+        from kernels_ext.attention.kernel import decode_attention, rope_append
+        from kernels_ext.causal_conv.kernel import conv_ring_update
+        from kernels_ext.gated_norm.kernel import gated_rms_norm
+        from kernels_ext.rms_norm.kernel import rms_norm
+        from kernels_ext.sampling.kernel import filtered_probabilities, greedy, sample
+        from kernels_ext.selective_scan.kernel import (
+            selective_fold,
+            selective_ring_append,
+            selective_update,
+            selective_verify,
+        )
+        from kernels_ext.speculation.kernel import (
+            accept_greedy,
+            accept_injected,
+            accept_sampled,
+            advance,
+            ngram_propose,
+        )
+        from kernels_ext.ssd.kernel import ssd_fold, ssd_update, ssd_verify
+        from kernels_ext.swiglu.kernel import silu_mul
+    except ImportError as error:
+        log.warning("decoding: plain PyTorch (Triton does not import: %s)", error)
+        return {}
+    log.info("decoding: Triton kernels")
+    return {name: value for name, value in locals().items() if callable(value)}
 
-    @cache
-    def choose(kernels: bool) -> Callable[..., Any]:
-        if kernels:
-            try:
-                module = importlib.import_module(f"kernels_ext.{package}.kernel")
-            except ImportError as error:
-                log.warning("%s: plain PyTorch (Triton does not import: %s)", name, error)
-            else:
-                log.debug("%s: Triton", name)
-                return getattr(module, name)
-        return getattr(importlib.import_module(f"kernels_ext.{package}.{reference}"), name)
 
+def _operator(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The decoding operator of that name: its kernel, or `reference`, which is its plain PyTorch twin."""
+    name = reference.__name__
+
+    @wraps(reference)
     def operator(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return choose(uses_kernels(first.device.type))(first, *args, **kwargs)
+        chosen = triton_kernels().get(name, reference) if uses_kernels(first.device.type) else reference
+        return chosen(first, *args, **kwargs)
 
-    operator.__name__ = operator.__qualname__ = name
-    operator.__doc__ = f"See kernels_ext/{package}/{reference}.py."
     return operator
 
 
-conv_ring_update = _operator("conv_ring_update", "causal_conv", "ring_reference")
-decode_attention = _operator("decode_attention", "attention")
-rope_append = _operator("rope_append", "attention")
-rms_norm = _operator("rms_norm", "rms_norm")
-silu_mul = _operator("silu_mul", "swiglu")
-ssd_update = _operator("ssd_update", "ssd", "ring_reference")
-ssd_verify = _operator("ssd_verify", "ssd", "ring_reference")
-ssd_fold = _operator("ssd_fold", "ssd", "ring_reference")
-selective_ring_append = _operator("selective_ring_append", "selective_scan")
-selective_update = _operator("selective_update", "selective_scan")
-selective_verify = _operator("selective_verify", "selective_scan")
-selective_fold = _operator("selective_fold", "selective_scan")
-filtered_probabilities = _operator("filtered_probabilities", "sampling")
-greedy = _operator("greedy", "sampling")
-sample = _operator("sample", "sampling")
-accept_greedy = _operator("accept_greedy", "speculation")
-accept_injected = _operator("accept_injected", "speculation")
-accept_sampled = _operator("accept_sampled", "speculation")
-advance = _operator("advance", "speculation")
-ngram_propose = _operator("ngram_propose", "speculation")
+conv_ring_update = _operator(causal_conv_ring.conv_ring_update)
+decode_attention = _operator(attention.decode_attention)
+rope_append = _operator(attention.rope_append)
+rms_norm = _operator(rms_norm_reference.rms_norm)
+silu_mul = _operator(swiglu.silu_mul)
+ssd_update = _operator(ssd_ring.ssd_update)
+ssd_verify = _operator(ssd_ring.ssd_verify)
+ssd_fold = _operator(ssd_ring.ssd_fold)
+selective_ring_append = _operator(selective_scan.selective_ring_append)
+selective_update = _operator(selective_scan.selective_update)
+selective_verify = _operator(selective_scan.selective_verify)
+selective_fold = _operator(selective_scan.selective_fold)
+filtered_probabilities = _operator(sampling.filtered_probabilities)
+greedy = _operator(sampling.greedy)
+sample = _operator(sampling.sample)
+accept_greedy = _operator(speculation.accept_greedy)
+accept_injected = _operator(speculation.accept_injected)
+accept_sampled = _operator(speculation.accept_sampled)
+advance = _operator(speculation.advance)
+ngram_propose = _operator(speculation.ngram_propose)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
-    """See `gated_norm.reference`, which differentiates; the kernel serves where nothing does."""
+    """See kernels_ext/gated_norm/reference.py, which differentiates; the kernel serves where nothing does."""
+    plain = gated_norm.gated_rms_norm
     if uses_kernels(y.device.type) and not (torch.is_grad_enabled() and (y.requires_grad or weight.requires_grad)):
-        from kernels_ext.gated_norm import kernel
-
-        return kernel.gated_rms_norm(y, z, weight, group_size, eps)
-    return gated_norm_reference.gated_rms_norm(y, z, weight, group_size, eps)
+        return triton_kernels().get("gated_rms_norm", plain)(y, z, weight, group_size, eps)
+    return plain(y, z, weight, group_size, eps)
 
 
 def norm_linear(

@@ -207,14 +207,14 @@ class _Profiler:
             replies += made.replies
             stats += made.stats
             seconds += made.decode_seconds
+        peak = torch.cuda.max_memory_allocated() if self.on_cuda else None
         phases = self._phases(engine, order, plain.replies if plain else replies)
         tokens, rounds = sum(s.tokens for s in stats), sum(s.rounds for s in stats)
-        ssm_bytes, ssm_us = self._ssm(engine, tokens / max(rounds, 1))
-        peak = torch.cuda.max_memory_allocated() if self.on_cuda else None
+        moved, moved_us = self._ssm(engine, tokens / max(rounds, 1))
         self.done += 1
         figures = {"K": float(k), "tokens/s": tokens / seconds}
         context.progress(Progress(self.done, total, "engines", 1 / max(seconds, 1e-9), figures))
-        return _Decoded(order, replies, stats, seconds, phases, engine.cache_bytes(), ssm_bytes, ssm_us, peak)
+        return _Decoded(order, replies, stats, seconds, phases, engine.cache_bytes(), moved, moved_us, peak)
 
     def _phases(self, engine: DecodeEngine, order: Sequence[int], plain: Sequence[Sequence[int]]) -> dict[str, float]:
         """Milliseconds of a round and its parts, on the batch with the most to say: rows that ended cost nothing."""
