@@ -70,31 +70,31 @@ def uses_kernels(device_type: str) -> bool:
 def triton_kernels() -> dict[str, Callable[..., Any]]:
     """The decoding operators' Triton kernels by name; none where Triton is not installed."""
     try:
-        from kernels_ext.attention.kernel import decode_attention, rope_append
-        from kernels_ext.causal_conv.kernel import conv_ring_update
-        from kernels_ext.gated_norm.kernel import gated_rms_norm
-        from kernels_ext.rms_norm.kernel import rms_norm
-        from kernels_ext.sampling.kernel import filtered_probabilities, greedy, sample
-        from kernels_ext.selective_scan.kernel import (
-            selective_fold,
-            selective_ring_append,
-            selective_update,
-            selective_verify,
-        )
-        from kernels_ext.speculation.kernel import (
-            accept_greedy,
-            accept_injected,
-            accept_sampled,
-            advance,
-            ngram_propose,
-        )
-        from kernels_ext.ssd.kernel import ssd_fold, ssd_update, ssd_verify
-        from kernels_ext.swiglu.kernel import silu_mul
+        from kernels_ext.attention import kernel as attention_kernel
+        from kernels_ext.causal_conv import kernel as causal_conv_kernel
+        from kernels_ext.gated_norm import kernel as gated_norm_kernel
+        from kernels_ext.rms_norm import kernel as rms_norm_kernel
+        from kernels_ext.sampling import kernel as sampling_kernel
+        from kernels_ext.selective_scan import kernel as selective_scan_kernel
+        from kernels_ext.speculation import kernel as speculation_kernel
+        from kernels_ext.ssd import kernel as ssd_kernel
+        from kernels_ext.swiglu import kernel as swiglu_kernel
     except ImportError as error:
         log.warning("decoding: plain PyTorch (Triton does not import: %s)", error)
         return {}
+    modules = (
+        attention_kernel,
+        causal_conv_kernel,
+        gated_norm_kernel,
+        rms_norm_kernel,
+        sampling_kernel,
+        selective_scan_kernel,
+        speculation_kernel,
+        ssd_kernel,
+        swiglu_kernel,
+    )
     log.info("decoding: Triton kernels")
-    return {name: value for name, value in locals().items() if callable(value)}
+    return {name: getattr(module, name) for module in modules for name in __all__ if hasattr(module, name)}
 
 
 def _operator(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -212,8 +212,8 @@ class _Profiler:
         tokens, rounds = sum(s.tokens for s in stats), sum(s.rounds for s in stats)
         moved, moved_us = self._ssm(engine, tokens / max(rounds, 1))
         self.done += 1
-        figures = {"K": float(k), "tokens/s": tokens / seconds}
-        context.progress(Progress(self.done, total, "engines", 1 / max(seconds, 1e-9), figures))
+        shown = {"K": float(k), "tokens/s": tokens / seconds}
+        context.progress(Progress(self.done, total, "engines", 1 / max(seconds, 1e-9), shown))
         return _Decoded(order, replies, stats, seconds, phases, engine.cache_bytes(), moved, moved_us, peak)
 
     def _phases(self, engine: DecodeEngine, order: Sequence[int], plain: Sequence[Sequence[int]]) -> dict[str, float]:
