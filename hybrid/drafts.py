@@ -99,7 +99,8 @@ class ModelDraft:
         k, sampling = engine.k, engine.sampling
         drawn = []
         for i in range(k):
-            logits = self.model.decode(engine.tokens[:, i : i + 1], self.cache, engine.slots, offset=i)
+            token = engine.tokens[:, i : i + 1]
+            logits = self.model.decode(token, self.cache, engine.slots, i, engine.logits_dtype)
             if sampling.greedy:
                 token = dispatch.greedy(logits)
             else:
@@ -108,6 +109,6 @@ class ModelDraft:
                 drawn.append(q)
             engine.tokens[:, i + 1].copy_(token)
         # The last proposal is read too: if all are accepted, the next round begins after it.
-        self.model.decode(engine.tokens[:, k:], self.cache, engine.slots, offset=k, head=False)
+        self.model.read(engine.tokens[:, k:], self.cache, engine.slots, offset=k)
         engine.n_draft.fill_(k)
         return torch.stack(drawn, dim=1) if drawn else None

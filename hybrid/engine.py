@@ -114,6 +114,8 @@ class DecodeEngine:
         self.sampling = sampling or Sampling()
         self.device = model.device
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
+        # Sampling searches the vocabulary several times, and what rounding does to a draw is nothing to a distribution.
+        self.logits_dtype = torch.float32 if self.sampling.greedy else model.dtype
         window = k + 1
         # The last window of a row may reach past the row's end; what it reads there is never kept.
         self.cache = model.new_cache(batch, max_length + window, window=window, ring=ring, state_dtype=state_dtype)
@@ -203,7 +205,7 @@ class DecodeEngine:
             self._q = self.draft.propose(self)
 
     def _verify(self) -> None:
-        self._logits = self.model.decode(self.tokens, self.cache, self.slots)
+        self._logits = self.model.decode(self.tokens, self.cache, self.slots, logits_dtype=self.logits_dtype)
 
     def _accept(self) -> None:
         draft, logits, sampling = self.tokens[:, 1:], self._logits, self.sampling

@@ -148,14 +148,27 @@ class HybridForCausalLM(nn.Module):
                 cursor.copy_(span.start + span.counts)
         return self.model.norm(x)
 
-    def decode(self, tokens: Tensor, cache: HybridCache, slots: Tensor, offset: int = 0, head: bool = True) -> Tensor:
-        """Logits (B·T, V) in float32 for a window of T tokens per row over the cache, none of which is kept.
+    def decode(
+        self,
+        tokens: Tensor,
+        cache: HybridCache,
+        slots: Tensor,
+        offset: int = 0,
+        logits_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Logits (B·T, V) for a window of T tokens per row over the cache, none of which is kept.
 
         tokens (B, T); slots (B,) int32: the cache's slot of each row, −1 for rows that are to be inert, whose logits
         mean nothing. offset: tokens of the same round that were read before. Nothing waits for the device. A cache of
-        window 1 takes its token into the SSM states at once. head = False stops before the final norm and gives the
-        residual stream (B·T, d_model). Raises ValueError if the window is longer than the cache's.
+        window 1 takes its token into the SSM states at once. logits_dtype: float32 keeps greedy decoding from ties that
+        are none. Raises ValueError if the window is longer than the cache's.
         """
+        norm = self.model.norm
+        x = self.read(tokens, cache, slots, offset)
+        return dispatch.norm_linear(x, norm.weight, norm.eps, self.lm_head_weight, out_dtype=logits_dtype)
+
+    def read(self, tokens: Tensor, cache: HybridCache, slots: Tensor, offset: int = 0) -> Tensor:
+        """What `decode` makes logits of: the residual stream (B·T, d_model) after the last block."""
         batch, length = tokens.shape
         if offset + length > cache.window:
             raise ValueError(
@@ -168,10 +181,7 @@ class HybridForCausalLM(nn.Module):
             mixer: Any = layer.self_attn if layer.is_attention else layer.mamba
             x = mixer.decode(x, layer.input_layernorm, state, step)
             x = layer.mlp.decode(x, layer.post_attention_layernorm)
-        if not head:
-            return x
-        norm = self.model.norm
-        return dispatch.norm_linear(x, norm.weight, norm.eps, self.lm_head_weight, out_dtype=torch.float32)
+        return x
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         """Replies to prompts; see `hybrid.generate.generate` for the options."""
