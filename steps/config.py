@@ -199,7 +199,8 @@ class DraftConfig(TrainConfig):
     ngram: PositiveInt = 3
     """Longest suffix looked up in the text so far, by `ngram`."""
     conversations: PositiveInt = 256
-    """Opening questions of the training conversations that the student answers for the draft to learn from."""
+    """Questions that the student answers for the draft to learn from: those that open the training conversations, then
+    such as the student asks itself."""
     max_prompt_tokens: PositiveInt = 256
     max_tokens: PositiveInt = 128
     """Tokens in an answer."""

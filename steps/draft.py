@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpora import preferences, sources
+from corpora import chat, preferences, self_chat, sources
 from corpora.shards import Shard
 from evals.fidelity import Block, summarise, token_scores
 from hybrid import HybridConfig, HybridForCausalLM, load_pretrained, save_pretrained
 from hybrid.config import MODEL_TYPE
-from hybrid.generate import generate
+from hybrid.generate import Generator
 from steps import teacher
 from steps.config import DraftConfig, TeacherConfig
 from steps.loop import autocast, train
@@ -130,12 +130,14 @@ class _TextBeside:
 def _text(
     config: DraftConfig, inputs: Mapping[str, Path], target: HybridForCausalLM, context: StageContext
 ) -> tuple[Shard, _TextBeside | None]:
-    """Questions of the training conversations with the student's own answers, and checkpoints that keep them."""
+    """Questions of the training conversations, and of the student itself where those are too few, with the student's
+    own answers, and checkpoints that keep them."""
     checkpoints = context.checkpoints
     if checkpoints is not None and (found := checkpoints.latest()):
         text = Shard.load(found[1] / TEXT)
         return text, _TextBeside(checkpoints, text)
     prompts = _prompts(config, inputs, "train", config.conversations, context)
+    prompts += _questions(config, inputs, target, context, config.conversations - len(prompts))
     greedy = config.greedy_share if config.temperature else 1.0
     text = _replies(prompts, target, config, context, greedy)
     if checkpoints is None:
@@ -157,6 +159,48 @@ def _prompts(
     return [found[i] for i in np.random.default_rng(context.seed).permutation(len(found))[:count]]
 
 
+def _questions(
+    config: DraftConfig, inputs: Mapping[str, Path], target: HybridForCausalLM, context: StageContext, count: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """At most `count` openings that the student says itself: sampled from the template's opening to the turn's end.
+
+    None where the template does not end a turn by one token. Draws that do not end in time are dropped, and drawing
+    stops after twice as many as are wanted.
+    """
+    from transformers import AutoTokenizer
+
+    if count <= 0:
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(inputs["student"], local_files_only=True)
+    try:
+        parser = self_chat.TurnParser(tokenizer)
+    except chat.ChatTemplateError as error:
+        logger.info("draft: only the corpus's own openings: %s", error)
+        return []
+    opening, end, to_reply = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (parser.opening, parser.end, parser.separators["user"].removeprefix(parser.end))
+    )
+    room = config.max_prompt_tokens - len(opening) - len(to_reply)
+    if len(end) != 1 or room < 2:
+        return []
+    generate, found = Generator(), dict[tuple[int, ...], None]()
+    for batch in range(-(-2 * count // config.generation_batch)):
+        drawn = generate(
+            target,
+            [opening] * config.generation_batch,
+            room,
+            temperature=config.temperature or 1.0,
+            top_p=config.top_p,
+            seed=int(np.random.SeedSequence([context.seed, batch]).generate_state(1)[0]),
+            eos_token_ids=end,
+        )
+        found |= {(*opening, *turn, *to_reply): None for turn in drawn if turn[-1] == end[0] and len(turn) > 1}
+        if len(found) >= count:
+            break
+    return [(f"own-{number}", tokens) for number, tokens in enumerate(list(found)[:count])]
+
+
 def _replies(
     prompts: Sequence[tuple[str, tuple[int, ...]]],
     target: HybridForCausalLM,
@@ -170,7 +214,7 @@ def _replies(
     starts = [*range(0, greedy, size), *range(greedy, len(prompts), size)]
     ends = [*starts[1:], len(prompts)]
     replies: list[list[int]] = []
-    began = time.monotonic()
+    generate, began = Generator(), time.monotonic()
     for start, end in zip(starts, ends, strict=True):
         replies += generate(
             target,

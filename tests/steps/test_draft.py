@@ -267,3 +267,43 @@ def test_another_tokenizer_is_refused_with_both_numbers(inputs, tmp_path):
     count = len(tiny.tokenizer().get_vocab())
     with pytest.raises(DraftError, match=rf"has {count} tokens, the student's {count}, and {count - 2} are the same"):
         run(inputs, tmp_path, DraftConfig(kind=f"checkpoint:file:{folder}"))
+
+
+# Where the corpus has too few questions
+
+
+def questions(monkeypatch, inputs, folder, turns, count, **changes):
+    """What `_questions` finds if the student says these turns, batch after batch; and the prompts it was given."""
+    asked, said = [], iter(turns)
+
+    def generate(model, prompts, max_new_tokens, *, eos_token_ids, **_):
+        asked.append((prompts, max_new_tokens, eos_token_ids))
+        return [next(said) for _ in prompts]
+
+    monkeypatch.setattr(draft, "Generator", lambda: generate)
+    config = CONFIG.model_copy(update=changes)
+    return draft._questions(config, inputs, None, tiny_stages.context(folder, "float32"), count), asked
+
+
+def test_the_student_asks_itself_what_the_corpus_does_not(monkeypatch, inputs, tmp_path):
+    """In the template's own form: what comes out is what the corpus's openings look like."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs["student"])
+    known = prompts(Shard.load(inputs["corpus"] / "train.npz"), 256)[0][1]
+    parser = draft.self_chat.TurnParser(tokenizer)
+    opening = tuple(tokenizer(parser.opening, add_special_tokens=False)["input_ids"])
+    (end,) = tokenizer(parser.end, add_special_tokens=False)["input_ids"]
+    turn = list(known[len(opening) : known.index(end, len(opening)) + 1])
+    other, cut = [7, 8, end], [7] * 9
+    found, asked = questions(monkeypatch, inputs, tmp_path, [turn, cut, turn, other, [end], cut], 2)
+    assert [tokens for _, tokens in found] == [known, (*opening, *other, *known[len(opening) + len(turn) :])]
+    assert len({name for name, _ in found}) == 2
+    assert asked[0] == ([list(opening)] * 3, 256 - len(known) + len(turn), [end])
+
+
+def test_a_student_that_never_ends_its_turn_asks_nothing(monkeypatch, inputs, tmp_path):
+    found, asked = questions(monkeypatch, inputs, tmp_path, [[7] * 9] * 12, 5)
+    assert found == [] and len(asked) == 4, "twice as many draws as are wanted, in batches of three"
+    assert questions(monkeypatch, inputs, tmp_path, [], 0) == ([], [])
+    assert questions(monkeypatch, inputs, tmp_path, [], 5, max_prompt_tokens=4) == ([], [])
