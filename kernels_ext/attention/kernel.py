@@ -1,8 +1,9 @@
 """Triton twins of `reference.rope_append` and `reference.decode_attention`.
 
 Decoding is bound by the keys and values that it reads, so one program takes all query rows (R heads × T tokens) of a
-group and reads each key once. Where the groups of the batch are too few to fill the GPU, the live keys are split and a
-second launch joins the parts (flash decoding; online softmax of 1805.02867).
+group and reads each key once. Few query rows leave one warp's tensor cores idle, so the warps of a program each take
+their own keys (STREAMS) and are joined at its end. Where the groups of the batch are too few to fill the GPU, the live
+keys are split over programs and a second launch joins the parts (flash decoding; online softmax of 1805.02867).
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels_ext import pdl
 
 PROGRAMS = 264
 """How many programs of `decode_attention` fill the GPU: two for each of an H200's 132 multiprocessors."""
@@ -24,19 +28,24 @@ def rope_config() -> dict:
     return {"BLOCK_HEADS": 16, "num_warps": 4}
 
 
-def launch_config(block_q: int, headdim: int, itemsize: int) -> dict:
-    """BLOCK_K keys per step. In 16 bits a warp does the arithmetic of 16 query rows and further ones share the loads;
-    float32 has no tensor cores, so its tiles stay small enough for the registers."""
+def launch_config(programs: int, block_q: int, headdim: int, itemsize: int) -> dict:
+    """STREAMS of keys side by side in a program, each of one warp; or 1, whose warps share the query rows.
+
+    BLOCK_K keys per step and stream. In 16 bits a warp does the arithmetic of 16 query rows, so one is enough where
+    `programs` fill the GPU; float32 has no tensor cores, so its tiles stay small enough for the registers.
+    """
     if itemsize == 4:
-        return {"BLOCK_K": 16 if headdim * block_q > 2048 else 32, "num_warps": 4, "num_stages": 2}
-    if block_q <= 16:
-        return {"BLOCK_K": 64, "num_warps": 2, "num_stages": 3}
-    return {"BLOCK_K": 64, "num_warps": 4 if block_q <= 64 else 8, "num_stages": 2}
+        return {"STREAMS": 1, "BLOCK_K": 16 if headdim * block_q > 2048 else 32, "num_warps": 4, "num_stages": 2}
+    if block_q * headdim > 2048:
+        return {"STREAMS": 1, "BLOCK_K": 64, "num_warps": 4 if block_q <= 64 else 8, "num_stages": 2}
+    if programs >= 4 * PROGRAMS:
+        return {"STREAMS": 1, "BLOCK_K": 64, "num_warps": 1 if block_q <= 16 else 2, "num_stages": 3}
+    return {"STREAMS": 4, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
 
 
 def default_splits(batch: int, groups: int, positions: int) -> int:
-    """Splits of the keys that fill the GPU, each of at least 128 positions of a full cache."""
-    return max(1, min(PROGRAMS // (batch * groups), triton.cdiv(positions, 128), MAX_SPLITS))
+    """Splits of the keys that fill the GPU, each of 256 positions of a full cache; below 512 joining costs more."""
+    return max(1, min(PROGRAMS // (batch * groups), positions // 256, MAX_SPLITS)) if positions > 512 else 1
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -44,7 +53,11 @@ def _rope_append_kernel(
     qkv, k_cache, v_cache, cos, sin, lengths, slots, q, offset,
     qkv_stride_b, qkv_stride_t, k_stride_s, k_stride_g, k_stride_m, v_stride_s, v_stride_g, v_stride_m,
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     b = token // T
     i = (token % T).to(tl.int32)
@@ -53,6 +66,10 @@ def _rope_append_kernel(
     q_at = q + (token * H + head[:, None]) * P + d[None, :]
     is_q = (head < H)[:, None] & (d < HALF)[None, :]
     slot = tl.load(slots + b).to(tl.int64)
+    source = qkv + b * qkv_stride_b + i * qkv_stride_t + head[:, None] * P + d[None, :]
+    present = (head < H + 2 * G)[:, None] & (d < HALF)[None, :]
+    first = tl.load(source, mask=present, other=0.0).to(tl.float32)  # on their way before the slot is looked at
+    second = tl.load(source + HALF, mask=present, other=0.0).to(tl.float32)
     if slot < 0:
         zero = tl.zeros((BLOCK_HEADS, HALF), dtype=q.dtype.element_ty)
         tl.store(q_at, zero, mask=is_q)
@@ -60,10 +77,6 @@ def _rope_append_kernel(
         return
 
     position = tl.load(lengths + slot) + offset + i
-    source = qkv + b * qkv_stride_b + i * qkv_stride_t + head[:, None] * P + d[None, :]
-    present = (head < H + 2 * G)[:, None] & (d < HALF)[None, :]
-    first = tl.load(source, mask=present, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=present, other=0.0).to(tl.float32)
     c = tl.load(cos + position * HALF + d)[None, :]
     s = tl.load(sin + position * HALF + d)[None, :]
     rotates = (head < H + G)[:, None]
@@ -102,10 +115,12 @@ def rope_append(
     assert k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and cos.is_contiguous() and sin.is_contiguous()
     config = rope_config() | (config or {})
     q = torch.empty(batch, length, n_heads, headdim, dtype=qkv.dtype, device=qkv.device)
-    _rope_append_kernel[(batch * length, triton.cdiv(n_heads + 2 * groups, config["BLOCK_HEADS"]))](
+    grid = (batch * length, triton.cdiv(n_heads + 2 * groups, config["BLOCK_HEADS"]))
+    _rope_append_kernel[grid](
         qkv, k_cache, v_cache, cos, sin, lengths, slots, q, offset,
         *qkv.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        T=length, H=n_heads, G=groups, P=headdim, HALF=headdim // 2, **config,
+        T=length, H=n_heads, G=groups, P=headdim, HALF=headdim // 2,
+        **pdl.launch_options(config, qkv.device, grid[0] * grid[1]),
     )  # fmt: skip
     return q
 
@@ -120,8 +135,12 @@ def _decode_attention_kernel(
     q, k_cache, v_cache, lengths, slots, out, part, part_max, part_sum, offset, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_s, k_stride_g, k_stride_m, v_stride_s, v_stride_g, v_stride_m,
     T: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr, STREAMS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     b = tl.program_id(0) // G
     g = tl.program_id(0) % G
     split = tl.program_id(1)
@@ -132,6 +151,8 @@ def _decode_attention_kernel(
     q_mask = (t < T)[:, None] & (p < P)[None, :]
     out_row = (b * T + t) * (G * R) + head
     slot = tl.load(slots + b).to(tl.int64)
+    q_at = q + b * q_stride_b + t[:, None] * q_stride_t + head[:, None] * q_stride_h + p[None, :]
+    queries = tl.load(q_at, mask=q_mask, other=0.0).to(DOT)  # (BLOCK_Q, BLOCK_P), on its way before the slot is looked at
     if slot < 0:
         if SPLITS == 1:  # with more, the second launch does it
             zero = tl.zeros((BLOCK_Q, BLOCK_P), dtype=out.dtype.element_ty)
@@ -140,35 +161,59 @@ def _decode_attention_kernel(
 
     n_keys = tl.load(lengths + slot) + offset + T
     last = n_keys - T + t  # the last position that a query row sees
-    steps = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_K)
-    begin = split * steps * BLOCK_K
-    end = tl.minimum(begin + steps * BLOCK_K, n_keys)
-
-    q_at = q + b * q_stride_b + t[:, None] * q_stride_t + head[:, None] * q_stride_h + p[None, :]
-    queries = tl.load(q_at, mask=q_mask, other=0.0).to(DOT)  # (BLOCK_Q, BLOCK_P)
+    steps = tl.cdiv(tl.cdiv(n_keys, SPLITS), STREAMS * BLOCK_K)
+    begin = split * steps * STREAMS * BLOCK_K
+    end = tl.minimum(begin + steps * STREAMS * BLOCK_K, n_keys)
     k_base = k_cache + slot * k_stride_s + g * k_stride_g + p[None, :]
     v_base = v_cache + slot * v_stride_s + g * v_stride_g + p[None, :]
     # A row that sees no key of this split keeps a finite maximum, so that no ∞ − ∞ arises: its weights are all 0.
-    top = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)
-    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=tl.float32)
-    for start in range(begin, end, BLOCK_K):
-        key = start + tl.arange(0, BLOCK_K)
-        kv_mask = (key < end)[:, None]
-        if P < BLOCK_P:
-            kv_mask = kv_mask & (p < P)[None, :]
-        k = tl.load(k_base + key[:, None] * k_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K), to base 2
-        # Keys past the end are past every query's `last` too, but for rows that pad BLOCK_Q: those see zeros.
-        scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(v_base + key[:, None] * v_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
-        top = new_top
+    # Keys past the end are past every query's `last` too, but for rows that pad BLOCK_Q: those see zeros.
+    if STREAMS == 1:
+        top = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)
+        total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=tl.float32)
+        for start in range(begin, end, BLOCK_K):
+            key = start + tl.arange(0, BLOCK_K)
+            kv_mask = (key < end)[:, None]
+            if P < BLOCK_P:
+                kv_mask = kv_mask & (p < P)[None, :]
+            k = tl.load(k_base + key[:, None] * k_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
+            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K), to base 2
+            scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(weights, 1)
+            v = tl.load(v_base + key[:, None] * v_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
+            top = new_top
+    else:  # the same with the streams as the first dimension of everything, which products spread over the warps
+        all_queries = tl.broadcast_to(queries[None, :, :], (STREAMS, BLOCK_Q, BLOCK_P))
+        stream = tl.arange(0, STREAMS)
+        tops = tl.full((STREAMS, BLOCK_Q), -1e30, dtype=tl.float32)
+        totals = tl.zeros((STREAMS, BLOCK_Q), dtype=tl.float32)
+        accs = tl.zeros((STREAMS, BLOCK_Q, BLOCK_P), dtype=tl.float32)
+        for start in range(begin, end, STREAMS * BLOCK_K):
+            keys = start + stream[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (STREAMS, BLOCK_K)
+            kv_mask = (keys < end)[:, :, None]
+            if P < BLOCK_P:
+                kv_mask = kv_mask & (p < P)[None, None, :]
+            k = tl.load(k_base[None, :, :] + keys[:, :, None] * k_stride_m, mask=kv_mask, other=0.0).to(DOT)
+            scores = tl.dot(all_queries, tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale
+            scores = tl.where(keys[:, None, :] <= last[None, :, None], scores, -float("inf"))
+            new_top = tl.maximum(tops, tl.max(scores, 2))
+            weights = tl.exp2(scores - new_top[:, :, None])
+            shrink = tl.exp2(tops - new_top)
+            totals = totals * shrink + tl.sum(weights, 2)
+            v = tl.load(v_base[None, :, :] + keys[:, :, None] * v_stride_m, mask=kv_mask, other=0.0).to(DOT)
+            accs = accs * shrink[:, :, None]
+            accs = tl.dot(weights.to(DOT), v, accs, input_precision="ieee")
+            tops = new_top
+        top = tl.max(tops, 0)
+        share = tl.exp2(tops - top[None, :])
+        total = tl.sum(totals * share, 0)
+        acc = tl.sum(accs * share[:, :, None], 0)
 
     if SPLITS == 1:
         result = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -184,17 +229,22 @@ def _decode_attention_kernel(
 def _join_splits_kernel(
     part, part_max, part_sum, slots, out,
     ROWS: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0)  # of (B, T, H); a slot has ROWS of them
     s = tl.arange(0, BLOCK_S)
     p = tl.arange(0, BLOCK_P)
     slot = tl.load(slots + row // ROWS)
     live = (s < SPLITS) & (slot >= 0)
-    top = tl.load(part_max + row * SPLITS + s, mask=live, other=-1e30)
-    share = tl.exp2(top - tl.max(top, 0))
-    total = tl.sum(tl.load(part_sum + row * SPLITS + s, mask=live, other=0.0) * share, 0)
     part_at = part + (row * SPLITS + s[:, None]) * P + p[None, :]
     acc = tl.load(part_at, mask=live[:, None] & (p < P)[None, :], other=0.0)
+    top = tl.load(part_max + row * SPLITS + s, mask=live, other=-1e30)
+    totals = tl.load(part_sum + row * SPLITS + s, mask=live, other=0.0)
+    share = tl.exp2(top - tl.max(top, 0))
+    total = tl.sum(totals * share, 0)
     mixed = tl.sum(acc * share[:, None], 0) / tl.where(slot >= 0, total, 1.0)  # zero for padding
     tl.store(out + row * P + p, mixed.to(out.dtype.element_ty), mask=p < P)
 
@@ -223,7 +273,8 @@ def decode_attention(
         )
     splits = default_splits(batch, groups, positions) if splits is None else splits
     block_q, block_p = max(16, triton.next_power_of_2(ratio * length)), max(16, headdim)
-    config = launch_config(block_q, headdim, q.element_size()) | (config or {})
+    programs = batch * groups * splits
+    config = launch_config(programs, block_q, headdim, q.element_size()) | (config or {})
     out = torch.empty(batch, length, heads, headdim, dtype=q.dtype, device=q.device)
     part = part_max = part_sum = None
     if splits > 1:
@@ -233,11 +284,16 @@ def decode_attention(
         q, k_cache, v_cache, lengths, slots, out, part, part_max, part_sum, offset, math.log2(math.e) / headdim**0.5,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         T=length, G=groups, R=ratio, P=headdim, SPLITS=splits, BLOCK_Q=block_q, BLOCK_P=block_p,
-        DOT=_dot_type(q), **config,
+        DOT=_dot_type(q), **pdl.launch_options(config, q.device, programs),
     )  # fmt: skip
     if splits > 1:
+        block_s = triton.next_power_of_2(splits)
+        join = {"num_warps": max(1, min(block_s * block_p // 2048, 4))}
+        if "launch_pdl" in config:
+            join["launch_pdl"] = config["launch_pdl"]
         _join_splits_kernel[(batch * length * heads,)](
             part, part_max, part_sum, slots, out,
-            ROWS=length * heads, P=headdim, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK_P=block_p,
+            ROWS=length * heads, P=headdim, SPLITS=splits, BLOCK_S=block_s, BLOCK_P=block_p,
+            **pdl.launch_options(join, q.device, batch * length * heads),
         )  # fmt: skip
     return out

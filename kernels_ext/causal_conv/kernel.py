@@ -6,50 +6,67 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels_ext import pdl
+
+MULTIPROCESSORS = 132
 
 
-def launch_config(tokens: int) -> dict:
-    """BLOCK_C channels per program, all T tokens of a row at once."""
-    return {"BLOCK_C": 256 if tokens <= 4 else 128, "num_warps": 4}
+def launch_config(batch: int, tokens: int, channels: int) -> dict:
+    """BLOCK_C channels per program, all T tokens of a row at once; few rows are spread over many programs."""
+    if batch * triton.cdiv(channels, 512) >= 2 * MULTIPROCESSORS:
+        return {"BLOCK_C": 512, "num_warps": 4}
+    return {"BLOCK_C": 128, "num_warps": 4 if tokens > 1 else 2}
 
 
 @triton.jit
 def _convolve(
     x, ring, weight, bias, y, ring_x, ring_B,
-    b, block, slot, start, channels, channels_x, channels_B, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
+    lengths, slots, offset, b, block, channels, channels_x, channels_B, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
     ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l, weight_stride_c,
     T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    live = slot >= 0
     i = tl.arange(0, BLOCK_T)
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = (c < channels) & live
+    in_c = c < channels
     in_window = (i < T)[:, None] & in_c[None, :]
     x_row = x + b * x_stride_b + c[None, :]
-    ring_row = ring + slot * ring_stride_s + c[None, :]
+    tap_weights = weight + c * weight_stride_c
 
-    window = tl.load(x_row + i[:, None] * x_stride_t, mask=in_window, other=0.0)  # (BLOCK_T, BLOCK_C)
-    tap_weight = tl.load(weight + c * weight_stride_c + (W - 1), mask=in_c, other=0.0).to(tl.float32)
-    acc = window.to(tl.float32) * tap_weight[None, :]
-    for k in tl.static_range(W - 1):
-        back = i - (W - 1) + k  # counted from the window's first token
-        position = start + back
-        past = (back < 0) & (position >= 0)
-        from_x = tl.load(x_row + back[:, None] * x_stride_t, mask=in_window & (back >= 0)[:, None], other=0.0)
-        from_ring = tl.load(
-            ring_row + (position % R)[:, None] * ring_stride_r, mask=in_window & past[:, None], other=0.0
-        )
-        tap_weight = tl.load(weight + c * weight_stride_c + k, mask=in_c, other=0.0).to(tl.float32)
-        acc += (from_x.to(tl.float32) + from_ring.to(tl.float32)) * tap_weight[None, :]  # one of the two is zero
+    # The sum starts with nothing that waits: what needs the row's slot comes last.
+    acc = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    last_weight = tl.load(tap_weights + (W - 1), mask=in_c, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    slot = tl.load(slots + b).to(tl.int64)
+    window = tl.load(x_row + i[:, None] * x_stride_t, mask=in_window, other=0.0)  # (BLOCK_T, BLOCK_C)
+    acc += window.to(tl.float32) * last_weight[None, :]
+    for k in tl.static_range(W - 1):
+        if T > W - 1 - k:
+            back = i - (W - 1) + k  # counted from the window's first token
+            from_x = tl.load(x_row + back[:, None] * x_stride_t, mask=in_window & (back >= 0)[:, None], other=0.0)
+            tap_weight = tl.load(tap_weights + k, mask=in_c, other=0.0).to(tl.float32)
+            acc += from_x.to(tl.float32) * tap_weight[None, :]
+    live = slot >= 0
+    start = tl.load(lengths + slot, mask=live, other=0) + offset
+    ring_row = ring + slot * ring_stride_s + c[None, :]
+    for k in tl.static_range(W - 1):
+        back = i - (W - 1) + k
+        position = start + back
+        past = in_window & ((back < 0) & (position >= 0) & live)[:, None]
+        from_ring = tl.load(ring_row + (position % R)[:, None] * ring_stride_r, mask=past, other=0.0)
+        tap_weight = tl.load(tap_weights + k, mask=in_c, other=0.0).to(tl.float32)
+        acc += from_ring.to(tl.float32) * tap_weight[None, :]
     if SILU:
         acc = acc * tl.sigmoid(acc)
-    result = acc.to(y.dtype.element_ty)
-    # A padding row has loaded zeros alone, so its result is zero.
+    result = tl.where(live, acc, 0.0).to(y.dtype.element_ty)
     tl.store(y + (b * T + i[:, None]) * channels + c[None, :], result, mask=(i < T)[:, None] & (c < channels)[None, :])
 
+    in_window = in_window & live
     position = start + i
     tl.store(ring_row + (position % R)[:, None] * ring_stride_r, window, mask=in_window)
     if HAS_RING:
@@ -64,18 +81,23 @@ def _convolve(
 @triton.jit
 def _softplus_dt(
     dt, dt_bias, dt_out, ring_dt,
-    b, slot, start, heads, dt_stride_b, dt_stride_t, ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l,
+    lengths, slots, offset, b, heads, dt_stride_b, dt_stride_t, ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l,
     T: tl.constexpr, L: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_RING: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    live = slot >= 0
     i = tl.arange(0, BLOCK_T)
     h = tl.arange(0, BLOCK_H)
     mask = (i < T)[:, None] & (h < heads)[None, :]
-    raw = tl.load(dt + b * dt_stride_b + i[:, None] * dt_stride_t + h[None, :], mask=mask & live, other=0.0)
-    raw = raw.to(tl.float32)
+    added = tl.zeros((BLOCK_H,), dtype=tl.float32)
     if HAS_DT_BIAS:
-        raw += tl.load(dt_bias + h, mask=h < heads, other=0.0).to(tl.float32)[None, :]
+        added = tl.load(dt_bias + h, mask=h < heads, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    slot = tl.load(slots + b).to(tl.int64)
+    raw = tl.load(dt + b * dt_stride_b + i[:, None] * dt_stride_t + h[None, :], mask=mask, other=0.0)
+    raw = raw.to(tl.float32) + added[None, :]
+    live = slot >= 0
+    start = tl.load(lengths + slot, mask=live, other=0) + offset
     # log(1 + e) loses the digits of a small e; log(u)·e/(u − 1) with u = 1 + e rounded does not (Kahan).
     e = tl.exp(tl.minimum(raw, 20.0))
     u = 1.0 + e
@@ -97,22 +119,23 @@ def _conv_ring_kernel(
     ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l, weight_stride_c,
     T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_DT: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_RING: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     b = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    slot = tl.load(slots + b).to(tl.int64)
-    start = tl.load(lengths + slot, mask=slot >= 0, other=0) + offset
     if block * BLOCK_C < channels:
         _convolve(
-            x, ring, weight, bias, y, ring_x, ring_B, b, block, slot, start, channels, channels_x, channels_B,
+            x, ring, weight, bias, y, ring_x, ring_B, lengths, slots, offset, b, block, channels, channels_x, channels_B,
             x_stride_b, x_stride_t, ring_stride_s, ring_stride_r, ring_x_stride_s, ring_x_stride_l,
-            ring_B_stride_s, ring_B_stride_l, weight_stride_c, T, W, R, L, SILU, HAS_BIAS, HAS_RING, BLOCK_T, BLOCK_C,
+            ring_B_stride_s, ring_B_stride_l, weight_stride_c,
+            T, W, R, L, SILU, HAS_BIAS, HAS_RING, BLOCK_T, BLOCK_C, PDL,
         )  # fmt: skip
     elif HAS_DT:  # the last program of a row
         _softplus_dt(
-            dt, dt_bias, dt_out, ring_dt, b, slot, start, heads, dt_stride_b, dt_stride_t,
-            ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l, T, L, HAS_DT_BIAS, HAS_RING, BLOCK_T, BLOCK_H,
+            dt, dt_bias, dt_out, ring_dt, lengths, slots, offset, b, heads, dt_stride_b, dt_stride_t,
+            ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l, T, L, HAS_DT_BIAS, HAS_RING, BLOCK_T, BLOCK_H, PDL,
         )  # fmt: skip
 
 
@@ -138,7 +161,7 @@ def conv_ring_update(
     assert x.stride(2) == 1 and ring.stride(2) == 1 and weight.stride(1) == 1
     assert ring.shape[1] >= weight.shape[1] - 1 + length and ring.dtype == x.dtype
     assert dt is None or dt.stride(2) == 1
-    config = launch_config(length) | (config or {})
+    config = launch_config(batch, length, channels) | (config or {})
     y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
     dt_out = None if dt is None else torch.empty(dt.shape, dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(channels, config["BLOCK_C"]) + (dt is not None)
@@ -162,6 +185,7 @@ def conv_ring_update(
         T=length, W=weight.shape[1], R=ring.shape[1], L=1 if ring_x is None else ring_x.shape[1],
         SILU=silu, HAS_BIAS=bias is not None, HAS_DT=dt is not None, HAS_DT_BIAS=dt_bias is not None,
         HAS_RING=ring_x is not None,
-        BLOCK_T=triton.next_power_of_2(length), BLOCK_H=triton.next_power_of_2(heads), **config,
+        BLOCK_T=triton.next_power_of_2(length), BLOCK_H=triton.next_power_of_2(heads),
+        **pdl.launch_options(config, x.device, batch * blocks),
     )  # fmt: skip
     return y, dt_out

@@ -1,8 +1,9 @@
-"""`reference` in Triton: one program per row, which reads it a few times (from L2 after the first) and never sorts.
+"""`reference` in Triton: one program per row, which reads it a few times and never sorts.
 
-The tokens that a filter keeps are those whose logit is at least some threshold. It is found by search: each pass over
-the row measures how much lies at or above three trial values, which quarters the interval. Trial values are numbers of
-the logits' own type, so that the search for bfloat16 logits ends after few passes; do not widen them beforehand.
+The tokens that a filter keeps are those whose logit is above some threshold. It is found by search: each pass over the
+row measures how much lies above several trial values, which cut the interval in parts. Trial values are numbers of the
+logits' own type, so that the search for bfloat16 logits ends after few passes; do not widen them beforehand. The first
+trial values of a nucleus come from a sample of the row. A pass costs arithmetic rather than bandwidth: see `_above`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,31 @@ from kernels_ext.sampling.reference import check_filter
 
 LOWEST = tl.constexpr(-1e30)
 NO_TOKEN = tl.constexpr(2**31 - 1)
+SHARP = tl.constexpr(2.0**60)
+FAR = tl.constexpr(64.0)
+SAMPLE_STEPS = tl.constexpr(8)
+CHUNK = tl.constexpr(16)
 LOG2_E = math.log2(math.e)
 PROGRAMS = 264  # about two for each multiprocessor of an H100 or H200
+SMALLEST_BLOCK = 128  # Triton does not compile blocks of one element
 
 
 def launch_config(operator: str, rows: int, vocabulary: int) -> dict:
     """Launch parameters of `greedy` ("greedy") and of the filters ("filter")."""
+    smallest = max(SMALLEST_BLOCK, triton.next_power_of_2(vocabulary))
     if operator == "greedy":
-        block = min(1024, triton.next_power_of_2(vocabulary))
+        block = min(1024, smallest)
         splits = min(triton.cdiv(vocabulary, block), triton.cdiv(PROGRAMS, rows))
         return {"BLOCK": block, "splits": splits, "num_warps": 4}
     few = rows < PROGRAMS
-    block = min(4096 if few else 2048, triton.next_power_of_2(vocabulary))
-    return {"BLOCK": block, "num_warps": max(1, min(16 if few else 8, block // 256))}
+    block = min(4096 if few else 2048, smallest)
+    return {
+        "BLOCK": block,
+        "PIVOTS": 4,
+        "STAGES": 3,
+        "SAMPLE": min(4096, smallest),
+        "num_warps": max(1, min(16 if few else 8, block // 256)),
+    }
 
 
 def greedy(logits: Tensor, *, config: dict | None = None) -> Tensor:
@@ -61,6 +74,8 @@ def sample(
     if temperature == 0.0:
         return greedy(logits, config=config)
     rows, vocabulary = logits.shape
+    if vocabulary == 1:  # Triton 3.6 crashes on the kernel's loops over a single token
+        return torch.zeros(rows, dtype=torch.int32, device=logits.device)
     assert logits.stride(1) == 1 and uniforms.shape == (rows,)
     out = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows:
@@ -123,120 +138,211 @@ def _logits(row, at, V):
 
 
 @triton.jit
-def _weights(row, at, V, maximum, threshold, scale):
-    """Probabilities up to a factor: that of the largest logit is 1."""
+def _weights(row, at, V, threshold, scale, origin):
+    """Probabilities up to a factor."""
     x = _logits(row, at, V)
-    return tl.where(x >= threshold, tl.exp2((x - maximum) * scale), 0.0)
+    return tl.where(x > threshold, tl.exp2((x - origin) * scale), 0.0)
 
 
 @triton.jit
-def _maximum_and_mass(row, V, scale, BLOCK: tl.constexpr):
-    """The largest logit and the sum of all weights, in one pass (online softmax, 1805.02867)."""
+def _maximum_and_mass(row, V, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """The largest logit, the origin of the weights 2^((logit − origin) · scale), and their sum, in one pass.
+
+    The origin is the largest of the first logits; where that is much too small for the rest, the pass is repeated.
+    """
     offsets = tl.arange(0, BLOCK)
+    origin = tl.maximum(tl.max(_logits(row, offsets, V), 0), LOWEST)
     top = tl.full([BLOCK], LOWEST, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         x = _logits(row, start + offsets, V)
-        higher = tl.maximum(top, x)
-        mass = mass * tl.exp2((top - higher) * scale) + tl.exp2((x - higher) * scale)
-        top = higher
+        mass += tl.exp2((x - origin) * scale)
+        top = tl.maximum(top, x)
     maximum = tl.max(top, 0)
-    return maximum, tl.sum(mass * tl.exp2((top - maximum) * scale), 0)
+    total = tl.sum(mass, 0)
+    if (maximum - origin) * scale > FAR:
+        origin = maximum
+        total = _kept_mass(row, V, LOWEST, scale, origin, BLOCK, STAGES)
+    return maximum, origin, total
 
 
 @triton.jit
-def _minimum(row, V, maximum, BLOCK: tl.constexpr):
+def _minimum(row, V, maximum, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """The smallest logit that is not −∞."""
     offsets = tl.arange(0, BLOCK)
     bottom = tl.zeros([BLOCK], tl.float32) + maximum
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         x = _logits(row, start + offsets, V)
         bottom = tl.where(x > LOWEST, tl.minimum(bottom, x), bottom)
     return tl.min(bottom, 0)
 
 
 @triton.jit
-def _kept_mass(row, V, maximum, threshold, scale, BLOCK: tl.constexpr):
+def _kept_mass(row, V, threshold, scale, origin, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        mass += _weights(row, start + offsets, V, maximum, threshold, scale)
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+        mass += _weights(row, start + offsets, V, threshold, scale, origin)
     return tl.sum(mass, 0)
 
 
 @triton.jit
+def _above(x, weight, trials):
+    """The weight where x > trial, else 0. x, weight (1, BLOCK), trials (PIVOTS,) → (PIVOTS, BLOCK).
+
+    The steep ramp is 0 or 1 for all logits but those within 1e-18 above the trial. It becomes one multiply-add that
+    saturates, of which a multiprocessor does twice as many as comparisons or selections.
+    """
+    ramp = x * SHARP - trials[:, None] * SHARP
+    return tl.minimum(tl.maximum(ramp, 0.0), 1.0) * weight
+
+
+@triton.jit
+def _cuts(low, high, PIVOTS: tl.constexpr):
+    """Values that cut the interval in equal parts."""
+    return low + (high - low) * ((tl.arange(0, PIVOTS) + 1).to(tl.float32) / (PIVOTS + 1))
+
+
+@triton.jit
+def _guess(row, V, low, high, tail, scale, origin, SAMPLE: tl.constexpr):
+    """About where the tokens that are not above weigh `tail` together, by a sample of chunks of the row."""
+    offsets = tl.arange(0, SAMPLE)
+    at = offsets // CHUNK * tl.maximum(V // SAMPLE * CHUNK, CHUNK) + offsets % CHUNK
+    x = _logits(row, at, V)
+    weight = tl.exp2((x - origin) * scale)
+    allowed = tail * tl.minimum(V, SAMPLE) / V
+    for _ in range(SAMPLE_STEPS):
+        middle = low + 0.5 * (high - low)
+        fits = tl.sum(tl.where(x > middle, 0.0, weight), 0) <= allowed
+        low = tl.where(fits, middle, low)
+        high = tl.where(fits, high, middle)
+    return low
+
+
+@triton.jit
+def _around(guess, low, high, scale, PIVOTS: tl.constexpr):
+    """Trial values on both sides of a guess, 0.06, 0.25, 1 … temperatures away."""
+    number = tl.arange(0, PIVOTS).to(tl.float32) - (PIVOTS - 1) * 0.5
+    distance = tl.exp2(2.0 * tl.abs(number) - 4.5) / scale
+    return tl.minimum(tl.maximum(guess + tl.where(number > 0.0, distance, -distance), low), high)
+
+
+@triton.jit
 def _largest_threshold(
-    row, V, low, high, needed, total, maximum, scale, closest, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
+    row,
+    V,
+    low,
+    high,
+    needed,
+    total,
+    scale,
+    origin,
+    closest,
+    BY_MASS: tl.constexpr,
+    GUESS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):
-    """The largest t such that the tokens with logit ≥ t have together at least the weight (BY_MASS) or number `needed`.
+    """The largest t such that the tokens with logit > t have together at least the weight (BY_MASS) or number `needed`.
 
     low is known to be such a t, high not to be; both are numbers of the logits' type. total: weight or number of all.
-    Returns t and what lies at or above it, which is `total` if t is still low.
+    GUESS: begin near where a sample of the row says. Returns t and what lies above it, which is `total` if t is still
+    low.
     """
     element = row.dtype.element_ty
-    offsets = tl.arange(0, BLOCK)
+    offsets = tl.arange(0, BLOCK)[None, :]  # so that logits are loaded in the layout of the products
     above_low = total  # an upper bound until low moves
     above_high = total * 0.0
     surplus = total  # positive while the interval may hold more than one token
     middle = (low + 0.5 * (high - low)).to(element).to(tl.float32)
+    first = low < high
+    guess = low
+    if GUESS:
+        guess = _guess(row, V, low, high, total - needed, scale, origin, SAMPLE)
     while (middle > low) & (middle < high) & (high - low > closest) & (surplus > 0.0):
-        first = (low + 0.25 * (high - low)).to(element).to(tl.float32)
-        third = (low + 0.75 * (high - low)).to(element).to(tl.float32)
-        above_first = tl.zeros([BLOCK], tl.float32)
-        above_middle = tl.zeros([BLOCK], tl.float32)
-        above_third = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
+        trials = _cuts(low, high, PIVOTS)
+        if GUESS:
+            trials = tl.where(first, _around(guess, low, high, scale, PIVOTS), trials)
+        trials = trials.to(element).to(tl.float32)
+        above = tl.zeros([PIVOTS, BLOCK], tl.float32)
+        for start in tl.range(0, V, BLOCK, num_stages=STAGES):
             x = _logits(row, start + offsets, V)
-            weight = tl.exp2((x - maximum) * scale) if BY_MASS else tl.full([BLOCK], 1.0, tl.float32)
-            above_first += tl.where(x >= first, weight, 0.0)
-            above_middle += tl.where(x >= middle, weight, 0.0)
-            above_third += tl.where(x >= third, weight, 0.0)
-        one = tl.sum(above_first, 0)
-        two = tl.sum(above_middle, 0)
-        three = tl.sum(above_third, 0)
-        above_high = tl.where(
-            three >= needed, above_high, tl.where(two >= needed, three, tl.where(one >= needed, two, one))
-        )
-        above_low = tl.where(
-            three >= needed, three, tl.where(two >= needed, two, tl.where(one >= needed, one, above_low))
-        )
-        high = tl.where(three >= needed, high, tl.where(two >= needed, third, tl.where(one >= needed, middle, first)))
-        low = tl.where(three >= needed, third, tl.where(two >= needed, middle, tl.where(one >= needed, first, low)))
+            weight = tl.exp2((x - origin) * scale) if BY_MASS else tl.full([1, BLOCK], 1.0, tl.float32)
+            above += _above(x, weight, trials)
+        found = tl.sum(above, 1)
+        enough = found >= needed
+        above_high = tl.max(tl.where(enough, above_high, found), 0)
+        above_low = tl.min(tl.where(enough, found, above_low), 0)
+        low, high = tl.max(tl.where(enough, trials, low), 0), tl.min(tl.where(enough, high, trials), 0)
         if BY_MASS:  # each token in the interval weighs at least as much as one at low would
-            surplus = above_low - above_high + 1e-5 * total - 2.0 * tl.exp2((low - maximum) * scale)
+            surplus = above_low - above_high + 4e-6 * total - 2.0 * tl.exp2((low - origin) * scale)
         else:
             surplus = above_low - above_high - 1.5
         middle = (low + 0.5 * (high - low)).to(element).to(tl.float32)
+        first = low > high
     return low, above_low
 
 
 @triton.jit
+def _below(x, element: tl.constexpr):
+    """Less than x by two steps of the coarsest type, which has 8 bits."""
+    return (x - tl.abs(x) * 0.015625 - 1e-20).to(element).to(tl.float32)
+
+
+@triton.jit
 def _filter(
-    row, V, scale, closest, top_k, top_p, outside, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr
+    row,
+    V,
+    scale,
+    closest,
+    top_k,
+    top_p,
+    outside,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):
-    """The largest logit, the smallest that is kept, and the sum of the weights that are kept."""
+    """The origin of the weights, the threshold above which logits are kept, and the sum of the weights kept."""
     element = row.dtype.element_ty
-    maximum, total = _maximum_and_mass(row, V, scale, BLOCK)
+    maximum, origin, total = _maximum_and_mass(row, V, scale, BLOCK, STAGES)
     threshold = maximum * 0.0 + LOWEST
-    # Two steps of the coarsest type, which has 8 bits.
-    beyond = (maximum + tl.abs(maximum) * 0.015625 + 1e-20).to(element).to(tl.float32)
     if TOP_K:
-        bound = _minimum(row, V, maximum, BLOCK)
+        bound = _below(_minimum(row, V, maximum, BLOCK, STAGES), element)
+        count = total * 0.0 + V
         threshold, _ = _largest_threshold(
-            row, V, bound, beyond, top_k, total * 0.0 + V, maximum, scale, closest, False, BLOCK
+            row, V, bound, maximum, top_k, count, scale, origin, closest, False, False, BLOCK, PIVOTS, STAGES, SAMPLE
         )
-        total = _kept_mass(row, V, maximum, threshold, scale, BLOCK)
+        total = _kept_mass(row, V, threshold, scale, origin, BLOCK, STAGES)
     if TOP_P:
         # Tokens of less than outside/V of the mass each hold less than `outside` of it together: the rest is enough.
-        bound = maximum + tl.log2(outside * total / V) / scale
-        bound = (bound - tl.abs(bound) * 0.015625 - 1e-20).to(element).to(tl.float32)
+        bound = _below(origin + tl.log2(outside * total / V) / scale, element)
         bound = tl.maximum(bound, threshold)
+        needed = top_p * total
         threshold, total = _largest_threshold(
-            row, V, bound, beyond, top_p * total, total, maximum, scale, closest, True, BLOCK
+            row,
+            V,
+            bound,
+            maximum,
+            needed,
+            total,
+            scale,
+            origin,
+            closest,
+            True,
+            not TOP_K,
+            BLOCK,
+            PIVOTS,
+            STAGES,
+            SAMPLE,
         )
         if threshold == bound:  # the search has not measured it
-            total = _kept_mass(row, V, maximum, threshold, scale, BLOCK)
-    return maximum, threshold, total
+            total = _kept_mass(row, V, threshold, scale, origin, BLOCK, STAGES)
+    return origin, threshold, total
 
 
 @triton.jit
@@ -253,14 +359,19 @@ def _probabilities_kernel(
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
     row = logits + m * stride
-    maximum, threshold, total = _filter(row, V, scale, closest, top_k, top_p, outside, TOP_K, TOP_P, BLOCK)
+    origin, threshold, total = _filter(
+        row, V, scale, closest, top_k, top_p, outside, TOP_K, TOP_P, BLOCK, PIVOTS, STAGES, SAMPLE
+    )
     offsets = tl.arange(0, BLOCK)
     for start in range(0, V, BLOCK):
         at = start + offsets
-        weight = _weights(row, at, V, maximum, threshold, scale)
+        weight = _weights(row, at, V, threshold, scale, origin)
         tl.store(out + m * V + at, weight / total, mask=at < V)
 
 
@@ -279,27 +390,32 @@ def _sample_kernel(
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
     row = logits + m * stride
-    maximum, threshold, total = _filter(row, V, scale, closest, top_k, top_p, outside, TOP_K, TOP_P, BLOCK)
+    origin, threshold, total = _filter(
+        row, V, scale, closest, top_k, top_p, outside, TOP_K, TOP_P, BLOCK, PIVOTS, STAGES, SAMPLE
+    )
     target = tl.load(uniforms + m) * total
     # Block by block up to the one in which the target is passed.
     offsets = tl.arange(0, BLOCK)
     start = 0
     latest = 0  # the latest block with a token to choose
     before = total * 0.0
-    mass = tl.sum(_weights(row, offsets, V, maximum, threshold, scale), 0)
+    mass = tl.sum(_weights(row, offsets, V, threshold, scale, origin), 0)
     while (before + mass <= target) & (start + BLOCK < V):
         latest = tl.where(mass > 0.0, start, latest)
         before += mass
         start += BLOCK
-        mass = tl.sum(_weights(row, start + offsets, V, maximum, threshold, scale), 0)
+        mass = tl.sum(_weights(row, start + offsets, V, threshold, scale, origin), 0)
     passed = before + mass > target
     start = tl.where(passed | (mass > 0.0), start, latest)
     target = tl.where(passed, target, float("inf"))
     at = start + offsets
-    weight = _weights(row, at, V, maximum, threshold, scale)
+    weight = _weights(row, at, V, threshold, scale, origin)
     tl.store(out + m, pick(weight, at, before, target))
 
 

@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels_ext import pdl
 from kernels_ext.sampling.kernel import pick
 
 FOUND = tl.constexpr(2**26)  # a match of n tokens that ends at e is worth n · FOUND + e
@@ -54,7 +56,7 @@ def _accept_chosen(
         0 if uniforms is None else uniforms.stride(0),
         INJECTED=uniforms is not None,
         BLOCK_K=_window_block(proposals),
-        **({"num_warps": 1} | (config or {})),
+        **pdl.launch_options({"num_warps": 1} | (config or {}), draft.device, batch),
     )
     return n_accepted, following
 
@@ -86,7 +88,7 @@ def accept_sampled(
         uniforms.stride(0),
         HAS_Q=q is not None,
         BLOCK_K=_window_block(proposals),
-        **(launch_config("accept_sampled") | (config or {})),
+        **pdl.launch_options(launch_config("accept_sampled") | (config or {}), draft.device, batch),
     )
     return n_accepted, following
 
@@ -141,7 +143,7 @@ def advance(
         accepted.stride(0),
         BLOCK_K=_window_block(proposals),
         BLOCK_E=max(2, triton.next_power_of_2(stop.shape[0])),
-        **({"num_warps": 1} | (config or {})),
+        **pdl.launch_options({"num_warps": 1} | (config or {}), draft.device, batch),
     )
 
 
@@ -168,7 +170,7 @@ def ngram_propose(
         text.stride(0),
         LONGEST=longest,
         BLOCK_K=_window_block(k),
-        **(launch_config("ngram_propose") | (config or {})),
+        **pdl.launch_options(launch_config("ngram_propose") | (config or {}), text.device, batch),
     )
     return draft, n_draft
 
@@ -197,7 +199,11 @@ def _accept_chosen_kernel(
     stride_uniforms,
     INJECTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     b = tl.program_id(0)
     at = tl.arange(0, BLOCK_K)
     real = (at < K) & (at < tl.load(n_draft + b))
@@ -243,7 +249,11 @@ def _accept_sampled_kernel(
     HAS_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     b = tl.program_id(0).to(tl.int64)
     p += b * stride_p_row
     q += b * stride_q_row
@@ -320,7 +330,11 @@ def _advance_kernel(
     stride_accepted,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     b = tl.program_id(0)
     at = tl.arange(0, BLOCK_K)
     slot = tl.load(slots + b)
@@ -365,7 +379,11 @@ def _ngram_kernel(
     LONGEST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     b = tl.program_id(0)
     slot = tl.load(slots + b)
     live = slot >= 0

@@ -6,11 +6,15 @@ group. `config` of a launcher overrides entries of `launch_config`, as the bench
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels_ext import pdl
 from kernels_ext.ssd.ring_reference import check_groups, check_window
 
 TILE_BYTES = 16384  # of state that a program of the update has in flight
@@ -20,16 +24,20 @@ MULTIPROCESSORS = 132
 def launch_config(op: str, batch: int, heads: int, headdim: int, d_state: int, itemsize: int) -> dict:
     """BLOCK_P, num_warps and num_stages of "update", "verify" or "fold" for a state of `itemsize` bytes a number.
 
-    Large tiles, halved while a small batch leaves multiprocessors without work.
+    Large tiles, halved while a small batch leaves multiprocessors without work. "verify" has HEADS too, the heads of a
+    group that a program takes one after another, at most.
     """
+    tile = triton.next_power_of_2(headdim)
     if op == "update":
-        least, most, programs = 8, TILE_BYTES // (triton.next_power_of_2(d_state) * itemsize), 2 * MULTIPROCESSORS
-    else:  # a matrix product has 16 rows or more, and what all tiles of a head repeat pays with many
-        least, most, programs = 16, 64, MULTIPROCESSORS
-    block = max(least, min(triton.next_power_of_2(headdim), most))
-    while block > least and batch * heads * triton.cdiv(headdim, block) < programs:
-        block //= 2
-    return {"BLOCK_P": block, "num_warps": 4, "num_stages": 1}
+        rows = min(tile, TILE_BYTES // (triton.next_power_of_2(d_state) * itemsize))
+        if batch * heads * triton.cdiv(headdim, rows) < 2 * MULTIPROCESSORS:
+            return {"BLOCK_P": min(rows, 32), "num_warps": 8, "num_stages": 1}
+        return {"BLOCK_P": rows, "num_warps": 4, "num_stages": 1}
+    rows = max(16, min(tile, 64))  # a matrix product has 16 or more, and what all tiles of a head repeat pays with many
+    while rows > 16 and batch * heads * triton.cdiv(headdim, rows) < MULTIPROCESSORS // 4:
+        rows //= 2
+    config = {"BLOCK_P": rows, "num_warps": 4, "num_stages": 1}
+    return config | {"HEADS": 1} if op == "verify" else config
 
 
 @triton.jit
@@ -60,14 +68,22 @@ def _update_kernel(
     HAS_SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (⌈P / BLOCK_P⌉, H, B)."""
+    if PDL:
+        gdc_launch_dependents()
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     group = head // ratio
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     y_ptrs = y_ptr + (row * tl.num_programs(1) + head) * P + p
+    A = tl.load(A_ptr + head)
+    if HAS_D:
+        D = tl.load(D_ptr + head)
+    if PDL:
+        gdc_wait()
     slot = row
     if HAS_SLOTS:
         slot = tl.load(slots_ptr + row).to(tl.int64)
@@ -79,12 +95,10 @@ def _update_kernel(
         state_ptrs = state_ptrs + p[:, None] * stride_state_p + n[None, :]
         state = tl.load(state_ptrs, mask=mask, other=0.0).to(tl.float32)  # (P, N)
         dt = tl.load(dt_ptr + row * stride_dt_row + head)
-        decay = tl.exp(dt * tl.load(A_ptr + head))
+        decay = tl.exp(dt * A)
         x = tl.load(x_ptr + row * stride_x_row + group * stride_x_group + p, mask=p < P, other=0.0).to(tl.float32)
         B = tl.load(B_ptr + row * stride_B_row + group * stride_B_group + n, mask=n < N, other=0.0).to(tl.float32)
         C = tl.load(C_ptr + row * stride_C_row + head * stride_C_head + n, mask=n < N, other=0.0).to(tl.float32)
-        if HAS_D:
-            D = tl.load(D_ptr + head)
         state = state * decay + (x * dt)[:, None] * B[None, :]
         tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty), mask=mask)
         y = tl.sum(state * C[None, :], axis=1)
@@ -177,89 +191,100 @@ def _verify_kernel(
     DOT: tl.constexpr,
     STATE_DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid (⌈P / BLOCK_P⌉, H, B). Column j of the ring is position start + j."""
-    head = tl.program_id(1)
+    """Grid (⌈P / BLOCK_P⌉, H / HEADS, B): a program takes HEADS heads of one group, one after another, the next one's
+    loads on their way (num_stages). Column j of the ring is position start + j."""
+    if PDL:
+        gdc_launch_dependents()
+    first_head = tl.program_id(1) * HEADS
+    heads = tl.num_programs(1) * HEADS
     row = tl.program_id(2).to(tl.int64)
-    group = head // ratio
+    group = first_head // ratio
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     t = tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_L)
-    y_ptrs = y_ptr + ((row * tokens + t[None, :]) * tl.num_programs(1) + head) * P + p[:, None]  # (P, T)
+    y_ptrs = y_ptr + (row * tokens + t[None, :]) * heads * P + p[:, None]  # (P, T)
     y_mask = (p < P)[:, None] & (t < tokens)[None, :]
+    if PDL:
+        gdc_wait()
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot < 0:
-        tl.store(y_ptrs, tl.zeros([BLOCK_P, BLOCK_T], dtype=tl.float32).to(y_ptr.dtype.element_ty), mask=y_mask)
+        zero = tl.zeros([BLOCK_P, BLOCK_T], dtype=tl.float32).to(y_ptr.dtype.element_ty)
+        for head in range(first_head, first_head + HEADS):
+            tl.store(y_ptrs + head * P, zero, mask=y_mask)
     else:
-        # Loads that wait for the cursors come last.
         length = tl.load(lengths_ptr + slot)
         start = tl.load(folded_ptr + slot)
-        A = tl.load(A_ptr + head)
-        if HAS_D:
-            D = tl.load(D_ptr + head)
-        state_ptrs = state_ptr + slot * stride_state_slot + head * stride_state_head + p[:, None] * stride_state_p
-        state = _tile(state_ptrs, p < P, 0, N, CHUNK_N)  # (P, N)
-        C_ptrs = C_ptr + row * stride_C_row + head * stride_C_head + t[:, None] * stride_C_token
-        C = _tile(C_ptrs, t < tokens, 0, N, CHUNK_N)  # (T, N)
-
         due = length - start + 2 * window > L
+        fold = due & (offset == 0)
         start = tl.where(due & (offset > 0), length, start)  # the first call of the round has folded the history
         history = length - start + offset
         live = history + tokens
         place = (start + column) % L
-        dt_ptrs = ring_dt_ptr + slot * stride_dt_slot + head * stride_dt_head
-        dt = tl.load(dt_ptrs + place, mask=column < live, other=0.0)  # (L,)
-        next_dt = tl.load(dt_ptrs + (start + column + 1) % L, mask=column + 1 < live, other=0.0)
+        next_place = (start + column + 1) % L
         B_ptrs = ring_B_ptr + slot * stride_B_slot + group * stride_B_group + place[:, None] * stride_B_ring
-        B = _tile(B_ptrs, column < live, 0, N, CHUNK_N)  # (L, N)
         x_ptrs = ring_x_ptr + slot * stride_x_slot + group * stride_x_group + p[:, None]
         x_mask = (p < P)[:, None] & (column < live)[None, :]
-        x = tl.load(x_ptrs + place[None, :] * stride_x_ring, mask=x_mask, other=0.0)  # (P, L)
-
-        y = tl.zeros([BLOCK_P, BLOCK_T], dtype=tl.float32)
-        scores = tl.zeros([BLOCK_T, BLOCK_L], dtype=tl.float32)
-        # Selecting once more what the masks have selected keeps the compiler from moving each tile to shared memory,
-        # behind a barrier, as soon as it is loaded: so all loads are on their way before the first barrier.
-        x = tl.where((column < live)[None, :], x, 0.0)
-        B = tl.where((column < live)[:, None], B, 0.0)
-        C = tl.where((t < tokens)[:, None], C, 0.0)
-        for first in tl.static_range(0, BLOCK_N, CHUNK_N):
-            scores = tl.dot(C.to(DOT), tl.trans(B.to(DOT)), scores, input_precision=PRECISION)
-            y = tl.dot(state.to(STATE_DOT), tl.trans(C.to(STATE_DOT)), y, input_precision=PRECISION)
-            if first + CHUNK_N < BLOCK_N:
-                state = _tile(state_ptrs, p < P, first + CHUNK_N, N, CHUNK_N)
-                B = _tile(B_ptrs, column < live, first + CHUNK_N, N, CHUNK_N)
-                C = _tile(C_ptrs, t < tokens, first + CHUNK_N, N, CHUNK_N)
-
         own = history + t  # column of each token of the window
         visible = column[None, :] <= own[:, None]  # (T, L)
-        decay = tl.exp(tl.sum(tl.where(visible, (dt * A)[None, :], 0.0), axis=1))  # (T,), on the state
-        steps = tl.where(column[None, :] < own[:, None], (next_dt * A)[None, :], 0.0)
-        between = tl.cumsum(steps, axis=1, reverse=True)  # as in _fold, up to each token
-        weights = tl.where(visible, scores * tl.exp(between) * dt[None, :], 0.0)  # (T, L)
-        if HAS_D:
-            weights += tl.where(column[None, :] == own[:, None], D, 0.0)
-        y = y * decay[None, :]
-        y = tl.dot(x.to(STATE_DOT), tl.trans(weights.to(STATE_DOT)), y, input_precision=PRECISION)
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=y_mask)
+        for head in range(first_head, first_head + HEADS):
+            # Loads that wait for the cursors come last.
+            state_ptrs = state_ptr + slot * stride_state_slot + head * stride_state_head + p[:, None] * stride_state_p
+            state = _tile(state_ptrs, p < P, 0, N, CHUNK_N)  # (P, N)
+            C_ptrs = C_ptr + row * stride_C_row + head * stride_C_head + t[:, None] * stride_C_token
+            C = _tile(C_ptrs, t < tokens, 0, N, CHUNK_N)  # (T, N)
+            A = tl.load(A_ptr + head)
+            dt_ptrs = ring_dt_ptr + slot * stride_dt_slot + head * stride_dt_head
+            dt = tl.load(dt_ptrs + place, mask=column < live, other=0.0)  # (L,)
+            next_dt = tl.load(dt_ptrs + next_place, mask=column + 1 < live, other=0.0)
+            B = _tile(B_ptrs, column < live, 0, N, CHUNK_N)  # (L, N)
+            x = tl.load(x_ptrs + place[None, :] * stride_x_ring, mask=x_mask, other=0.0)  # (P, L)
 
-        if due & (offset == 0):
-            _fold(
-                state_ptrs,
-                x,
-                B_ptrs,
-                dt,
-                next_dt,
-                A,
-                p < P,
-                column,
-                history,
-                N,
-                BLOCK_N,
-                CHUNK_N,
-                STATE_DOT,
-                PRECISION,
-            )
+            y = tl.zeros([BLOCK_P, BLOCK_T], dtype=tl.float32)
+            scores = tl.zeros([BLOCK_T, BLOCK_L], dtype=tl.float32)
+            if HEADS == 1:
+                # Selecting once more what the masks have selected keeps the compiler from moving each tile to shared
+                # memory, behind a barrier, as soon as it is loaded: so all loads are on their way before the first one.
+                x = tl.where((column < live)[None, :], x, 0.0)
+                B = tl.where((column < live)[:, None], B, 0.0)
+                C = tl.where((t < tokens)[:, None], C, 0.0)
+            for first in tl.static_range(0, BLOCK_N, CHUNK_N):
+                scores = tl.dot(C.to(DOT), tl.trans(B.to(DOT)), scores, input_precision=PRECISION)
+                y = tl.dot(state.to(STATE_DOT), tl.trans(C.to(STATE_DOT)), y, input_precision=PRECISION)
+                if first + CHUNK_N < BLOCK_N:
+                    state = _tile(state_ptrs, p < P, first + CHUNK_N, N, CHUNK_N)
+                    B = _tile(B_ptrs, column < live, first + CHUNK_N, N, CHUNK_N)
+                    C = _tile(C_ptrs, t < tokens, first + CHUNK_N, N, CHUNK_N)
+
+            decay = tl.exp(tl.sum(tl.where(visible, (dt * A)[None, :], 0.0), axis=1))  # (T,), on the state
+            steps = tl.where(column[None, :] < own[:, None], (next_dt * A)[None, :], 0.0)
+            between = tl.cumsum(steps, axis=1, reverse=True)  # as in _fold, up to each token
+            weights = tl.where(visible, scores * tl.exp(between) * dt[None, :], 0.0)  # (T, L)
+            if HAS_D:
+                weights += tl.where(column[None, :] == own[:, None], tl.load(D_ptr + head), 0.0)
+            y = y * decay[None, :]
+            y = tl.dot(x.to(DOT), tl.trans(weights.to(DOT)), y, input_precision=PRECISION)
+            tl.store(y_ptrs + head * P, y.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+            if fold:
+                _fold(
+                    state_ptrs,
+                    x,
+                    B_ptrs,
+                    dt,
+                    next_dt,
+                    A,
+                    p < P,
+                    column,
+                    history,
+                    N,
+                    BLOCK_N,
+                    CHUNK_N,
+                    STATE_DOT,
+                    PRECISION,
+                )
 
 
 @triton.jit
@@ -293,8 +318,12 @@ def _fold_kernel(
     BLOCK_L: tl.constexpr,
     STATE_DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (⌈P / BLOCK_P⌉, H, B)."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     head = tl.program_id(1)
     group = head // ratio
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -350,7 +379,8 @@ def ssd_update(
     check_groups(heads, groups)
     y = torch.empty(batch, heads, headdim, dtype=x.dtype, device=x.device)
     config = launch_config("update", batch, heads, headdim, d_state, state.element_size()) | (config or {})
-    _update_kernel[(triton.cdiv(headdim, config["BLOCK_P"]), heads, batch)](
+    tiles = triton.cdiv(headdim, config["BLOCK_P"])
+    _update_kernel[(tiles, heads, batch)](
         state,
         x,
         dt,
@@ -371,7 +401,7 @@ def ssd_update(
         HAS_D=D is not None,
         HAS_SLOTS=slots is not None,
         BLOCK_N=triton.next_power_of_2(d_state),
-        **config,
+        **pdl.launch_options(config, y.device, tiles * heads * batch),
     )
     return y
 
@@ -399,7 +429,9 @@ def ssd_verify(
     check_window(tokens, offset, window, ring)
     y = torch.empty(batch, tokens, heads, headdim, dtype=C.dtype, device=C.device)
     config = launch_config("verify", batch, heads, headdim, d_state, state.element_size()) | (config or {})
-    _verify_kernel[(triton.cdiv(headdim, config["BLOCK_P"]), heads, batch)](
+    together = math.gcd(config["HEADS"], heads // groups)
+    tiles = triton.cdiv(headdim, config["BLOCK_P"])
+    _verify_kernel[(tiles, heads // together, batch)](
         state,
         ring_x,
         ring_B,
@@ -427,7 +459,7 @@ def ssd_verify(
         BLOCK_L=_block(ring),
         BLOCK_T=_block(tokens),
         **_products(state, C),
-        **config,
+        **pdl.launch_options(config | {"HEADS": together}, y.device, tiles * heads // together * batch),
     )
     return y
 
@@ -452,7 +484,8 @@ def ssd_fold(
     products = _products(state, ring_x)
     del products["DOT"]
     config = launch_config("fold", batch, heads, headdim, d_state, state.element_size()) | (config or {})
-    _fold_kernel[(triton.cdiv(headdim, config["BLOCK_P"]), heads, batch)](
+    tiles = triton.cdiv(headdim, config["BLOCK_P"])
+    _fold_kernel[(tiles, heads, batch)](
         state,
         ring_x,
         ring_B,
@@ -471,7 +504,7 @@ def ssd_fold(
         L=ring,
         BLOCK_L=_block(ring),
         **products,
-        **config,
+        **pdl.launch_options(config, state.device, tiles * heads * batch),
     )
 
 

@@ -14,12 +14,15 @@ from hybrid import HybridForCausalLM
 from hybrid.drafts import ModelDraft, NGramDraft
 from hybrid.engine import DecodeEngine, Sampling
 from hybrid.generate import generate
+from kernels_ext import dispatch
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import VOCAB, prompts
+from tests.kernels_ext.interpreted import interpreted
 
 PROMPTS = prompts(9, 1, 22)
 COUNT = 14
 LENGTH = 64
+GREEDY = Sampling()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -299,4 +302,36 @@ def test_a_graph_is_what_it_was_captured_from(model, sampling, k):
             model, batch=4, max_length=LENGTH, draft=draft, k=k, sampling=sampling, graphs=graphs, eos_token_ids=()
         )
         made.append([engine.generate(PROMPTS, COUNT, seed=seed).replies for seed in range(3)])
+    assert made[0] == made[1]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="everything here runs on the kernels already")
+@pytest.mark.parametrize(
+    ("mixer", "sampling", "k"),
+    [
+        ("mamba2", Sampling(), 2),
+        ("mamba2", Sampling(0.8, 12, 0.9), 1),
+        ("mamba1", Sampling(), 1),
+        ("mamba2", Sampling(), 0),
+    ],
+    ids=["greedy", "sampled", "mamba-1", "plain"],
+)
+def test_interpreted_kernels_decode_what_the_plain_code_decodes(monkeypatch, mixer, sampling, k):
+    """Every operator of a round, as one: two layers, two rows of which one is padding, a draft of another model."""
+    changes = {"vocab_size": 24, "d_model": 16, "n_heads": 2, "n_kv_heads": 1, "intermediate_size": 16}
+    changes |= {"n_layers": 2, "attention_layers": (1,), "mixer": mixer, "d_state": 4 if mixer == "mamba1" else None}
+    model, other = build(0, **changes), build(1, **changes)
+    for package in ("attention", "causal_conv", "gated_norm", "linear", "rms_norm", "sampling"):
+        interpreted(f"kernels_ext.{package}.kernel")
+    for package in ("selective_scan", "speculation", "ssd", "swiglu"):
+        interpreted(f"kernels_ext.{package}.kernel")
+    assert "ssd_verify" in dispatch.triton_kernels()
+    made = []
+    for interpret in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        draft = ModelDraft(other) if k else None
+        engine = DecodeEngine(
+            model, batch=2, max_length=12, draft=draft, k=k, sampling=sampling, ring=6, eos_token_ids=()
+        )
+        made.append(engine.generate([[3, 1, 4, 1, 5]], 3, seed=3).replies)
     assert made[0] == made[1]

@@ -87,8 +87,9 @@ def test_attention_refuses_too_many_query_rows():
 
 def test_default_splits_fill_the_gpu():
     assert kernel.default_splits(2048, 3, 1024) == 1
-    assert kernel.default_splits(1, 8, 8192) == 33
-    assert kernel.default_splits(1, 8, 300) == 3  # none of them tiny
+    assert kernel.default_splits(1, 8, 16384) == 33
+    assert kernel.default_splits(1, 8, 4096) == 16
+    assert kernel.default_splits(1, 8, 512) == 1  # none of them tiny
     assert kernel.default_splits(1, 1, 10**6) == kernel.MAX_SPLITS
 
 

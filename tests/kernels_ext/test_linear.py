@@ -11,9 +11,16 @@ kernel = interpreted("kernels_ext.linear.kernel")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-REGISTERS = {"DOT": False, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 1, "num_stages": 1}
-TENSOR_CORES = {"DOT": True, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 1, "num_stages": 3}
-PATHS = {"registers": REGISTERS, "tensor_cores": TENSOR_CORES}
+REGISTERS = {"DOT": False, "SPLIT": 0, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 1, "num_stages": 1}
+TENSOR_CORES = {"DOT": True, "SPLIT": 0, "BLOCK_N": 16, "BLOCK_K": 32, "num_warps": 1, "num_stages": 3}
+WHOLE = {"SPLIT": 2, "WEIGHT_FIRST": False, "BLOCK_N": 16, "num_warps": 2}
+WHOLE_WEIGHT_FIRST = WHOLE | {"WEIGHT_FIRST": True}
+PATHS = {
+    "registers": REGISTERS,
+    "tensor_cores": TENSOR_CORES,
+    "whole": WHOLE,
+    "whole_weight_first": WHOLE_WEIGHT_FIRST,
+}
 
 # M, Nout, K: five programs, sizes that no block divides and sizes that all do.
 SHAPES = [(1, 77, 45), (2, 80, 64), (3, 77, 101), (5, 65, 96), (16, 77, 45)]
@@ -146,7 +153,11 @@ def test_configurations_are_legal(M, Nout, K, gated):
     assert 1 <= len(found) <= 24
     assert found[0] == kernel.launch_config(M, Nout, K, torch.bfloat16, gated)
     for config in found:
-        assert config["BLOCK_N"] & (config["BLOCK_N"] - 1) == 0 and config["BLOCK_K"] & (config["BLOCK_K"] - 1) == 0
+        assert config["BLOCK_N"] & (config["BLOCK_N"] - 1) == 0 and config["SPLIT"] & (config["SPLIT"] - 1) == 0
+        if config["SPLIT"]:
+            assert config["BLOCK_N"] >= (16 if config["WEIGHT_FIRST"] else 8) and 16 * config["SPLIT"] < K <= 2048
+            continue
+        assert config["BLOCK_K"] & (config["BLOCK_K"] - 1) == 0
         assert config["BLOCK_K"] >= 16 and (config["BLOCK_N"] >= 16 or not config["DOT"])
         shared = (config["num_stages"] - 1) * 2 * config["BLOCK_K"] * ((1 + gated) * config["BLOCK_N"] + 16)
         assert not config["DOT"] or shared <= 227 * 1024
