@@ -19,9 +19,9 @@ import torch
 
 from corpora import preferences
 from corpora.shards import Shard
-from evals.head import Head
 from evals.stats import bootstrap_means
-from hybrid import HybridConfig, HybridForCausalLM, load_pretrained
+from hybrid import HybridConfig, HybridForCausalLM, load_pretrained, ties
+from hybrid.bench import break_even, predicted_speedup, round_parts
 from hybrid.drafts import ModelDraft, NGramDraft
 from hybrid.engine import DecodeEngine, Sampling, SpeculationStats
 from kernels_ext import bench, dispatch
@@ -32,11 +32,6 @@ from steps.students import compute_type
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_TOKENS = 256
-NEAR_TIE = 0.05
-NEAR_TIE_RULE = (
-    "exact: the same tokens as plain greedy decoding. near-tie (half precision only): at the first difference both "
-    "tokens' logits, recomputed from the whole text before it, lie within 5 % of the largest one. wrong: all else."
-)
 REPEATS = {"cuda": 20, "cpu": 3}
 """Rounds over which a phase's median is taken, where the replies are long enough."""
 SSM_OPERATORS = ("ssd_update", "ssd_verify", "selective_update", "selective_verify")
@@ -75,10 +70,10 @@ class _Decoded:
 def run(config: SpeculativeStageConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Writes profile.json: one group of rows per draft, batch and temperature, one row per K.
 
-    On CUDA weights are of context.compute, on a CPU of float32, where greedy output must be plain greedy's token for
-    token; NEAR_TIE_RULE says what half precision is granted. Batches are filled: prompts are repeated where there are
-    too few, and then count once in acceptance and intervals. With injected acceptance all rows are synthetic: they time
-    the shapes, their text is no text.
+    On CUDA weights are of context.compute, on a CPU of float32. Greedy output must be plain greedy's token for token
+    but for what `hybrid.ties` grants to rounding. Batches are filled: prompts are repeated where there are too few, and
+    then count once in acceptance and intervals. With injected acceptance all rows are synthetic: they time the shapes,
+    their text is no text.
     """
     dtype = compute_type(context) if context.device == "cuda" else torch.float32
     student = load_pretrained(inputs["student"], context.device, dtype)
@@ -106,7 +101,7 @@ def run(config: SpeculativeStageConfig, inputs: Mapping[str, Path], out: Path, c
         "parameters": {"student": _size(student)}
         | {name: _size(draft.model) for name, draft in drafts.items() if isinstance(draft, ModelDraft)},
         "copy_bandwidth": profiler.copy_bandwidth,
-        "identity_rule": NEAR_TIE_RULE,
+        "identity_rule": ties.RULE,
         "best": {name: best[name] for name in ("draft", "batch", "best_k")} | {"speedup": _best_speedup(best)},
         "groups": groups,
     }
@@ -248,8 +243,7 @@ class _Profiler:
             "tokens_per_second": speed,
             "speedup": speed / base,
             "steady_speedup": row["tokens_per_verification"] * plain.phases["round"] / decoded.phases["round"],
-            "predicted_speedup": predicted_speedup(row["effective_acceptance"] or 0.0, k, decoded.phases, plain.phases),
-            "break_even_acceptance": break_even(k, decoded.phases, plain.phases),
+            **prediction(row["effective_acceptance"], k, decoded.phases, plain.phases),
             "milliseconds": dict(decoded.phases),
             "cache_bytes": dict(decoded.cache),
             "peak_memory_bytes": decoded.peak_bytes,
@@ -265,7 +259,7 @@ class _Profiler:
         largest = 0.0
         for prompt, place in decoded.first().items():
             expected, found = plain.replies[place], decoded.replies[place]
-            kind, gap = compare(self.student, self.prompts[prompt], expected, found)
+            kind, gap = ties.compare(self.student, self.prompts[prompt], expected, found)
             counts[kind] += 1
             largest = max(largest, gap)
         return {**counts, "largest_gap": largest}
@@ -311,56 +305,19 @@ def figures(k: int, stats: Sequence[SpeculationStats]) -> dict[str, Any]:
     }
 
 
-def expected_tokens(acceptance: float, k: int) -> float:
-    """τ = (1 − α^(K+1)) / (1 − α): tokens of a round if every proposal is accepted with chance α (2211.17192 eq. 1)."""
-    return float(sum(acceptance**i for i in range(k + 1)))
-
-
-def predicted_speedup(acceptance: float, k: int, phases: Mapping[str, float], plain: Mapping[str, float]) -> float:
-    """S = τ(α)·t_plain / (t_verify + K·t_draft + t_accept); `draft` is already that of all K tokens."""
-    return expected_tokens(acceptance, k) / _cost(k, phases, plain)
-
-
-def break_even(k: int, phases: Mapping[str, float], plain: Mapping[str, float]) -> float | None:
-    """The smallest effective acceptance at which speculation is predicted to pay; None if it cannot, and for K = 0."""
-    cost = _cost(k, phases, plain)
-    if not k or cost >= k + 1:
-        return None
-    low, high = 0.0, 1.0
-    if cost <= 1.0:
-        return low
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected_tokens(middle, k) < cost else (low, middle)
-    return high
-
-
-def _cost(k: int, phases: Mapping[str, float], plain: Mapping[str, float]) -> float:
-    """A round's parts in units of a step of plain decoding."""
-    own = (phases["draft"] + phases["verify"] + phases["accept"]) if k else plain["round"]
-    return own / plain["round"]
-
-
-def compare(
-    model: HybridForCausalLM, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int]
-) -> tuple[str, float]:
-    """("exact", "near_tie" or "wrong", gap) of a greedy reply beside that of plain decoding; see NEAR_TIE_RULE.
-
-    gap: from the largest logit to the lower one of the two tokens where they part, as a share of the largest; 0 where
-    they do not.
-    """
-    if list(expected) == list(found):
-        return "exact", 0.0
-    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), -1)
-    if at < 0:  # one reply is the beginning of the other: no tie explains where a reply ends
-        return "wrong", 0.0
-    read = torch.tensor([[*prompt, *expected[:at]]], device=model.device)
-    with torch.no_grad():
-        logits = Head(model)(model.hidden(read)[0, -1:])[0]
-    top = float(logits.max())
-    gap = (top - min(float(logits[expected[at]]), float(logits[found[at]]))) / max(abs(top), 1e-9)
-    half = model.dtype != torch.float32
-    return ("near_tie" if half and gap <= NEAR_TIE else "wrong"), gap
+def prediction(
+    acceptance: float | None, k: int, phases: Mapping[str, float], plain: Mapping[str, float]
+) -> dict[str, float | None]:
+    """What the effective acceptance and the times of a round's parts promise, and the acceptance from which on
+    speculation should pay: None if it cannot, and without proposals; see `hybrid.bench.arithmetic`."""
+    if not k:
+        return {"predicted_speedup": 1.0, "break_even_acceptance": None}
+    assert acceptance is not None
+    parts = round_parts(phases, k)
+    return {
+        "predicted_speedup": predicted_speedup(acceptance, k, plain["round"], **parts),
+        "break_even_acceptance": break_even(k, plain["round"], **parts),
+    }
 
 
 def ssm_places(window: int, ring: int, committed: float) -> list[tuple[int, bool, float]]:

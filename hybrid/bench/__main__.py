@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ import torch
 from hybrid.bench import rows, trace
 from hybrid.bench.cases import NAMES, Bench, Settings
 from hybrid.shapes import SHAPES
+from kernels_ext.bench.circumstances import circumstances
 
 BUDGET_SECONDS = 240.0
 _PACKAGES = ("torch", "triton", "transformers", "mamba-ssm", "causal-conv1d")
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("hybrid.bench: the row speculative needs --model FOLDER and --prompts FILE\n")
         return 2
     bench = Bench(_settings(chosen))
-    found = {**_circumstances(chosen.device), "copy_bandwidth": bench.bandwidth}
+    found = {**circumstances(_PACKAGES, chosen.device), "copy_bandwidth": bench.bandwidth}
     _say(f"{found['hardware']}, copy {bench.bandwidth / 1e12:.2f} TB/s\n\n{rows.head()}")
     table: list[rows.Row] = []
     for job in bench.jobs(names):
@@ -58,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("\n" + "\n".join(rows.verdicts(table)))
     if chosen.trace:
         found["trace"] = {}
-        for name, kernels in bench.traces():
-            _say("\n" + trace.table(f"kernels of one round of {name}, batch 1:", kernels))
+        for name, kernels in bench.traces(names):
+            _say("\n" + trace.table(f"kernels of one round of {name}:", kernels))
             found["trace"][name] = [asdict(kernel) for kernel in kernels]
     found.update(seconds=round(time.monotonic() - started, 1), rows=[asdict(row) for row in table])
     line = json.dumps(found, ensure_ascii=False)
@@ -107,34 +106,6 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _circumstances(device: str) -> dict[str, Any]:
-    """Hardware, versions and commit: what the numbers depend on."""
-    root = Path(__file__).resolve().parents[2]
-    return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-        "cuda": torch.version.cuda,
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "commit": _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output(command: Sequence[str]) -> str | None:
-    """First line that a command prints; None if it fails."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(answer.splitlines()), "").strip() or None
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from hybrid.cache import cache_bytes
@@ -52,6 +54,17 @@ def predicted_speedup(
     else a round takes.
     """
     return tokens_per_round(alpha, k) * t_plain / (t_verify + k * t_draft + t_other)
+
+
+def round_parts(phases: Mapping[str, float], k: int) -> dict[str, float]:
+    """The times of a round that `predicted_speedup` takes, from `DecodeEngine.phase_milliseconds`: t_other is the
+    verdict on the proposals and what the round takes beyond its phases."""
+    between = max(0.0, phases["round"] - phases["draft"] - phases["verify"] - phases["accept"])
+    return {
+        "t_verify": phases["verify"],
+        "t_draft": phases["draft"] / max(k, 1),
+        "t_other": phases["accept"] + between,
+    }
 
 
 def break_even(k: int, t_plain: float, t_verify: float, t_draft: float = 0.0, t_other: float = 0.0) -> float | None:

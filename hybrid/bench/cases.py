@@ -41,6 +41,7 @@ NAMES = ("plain", "synthetic", "speculative", "selfchat", "transformers")
 SEVERAL_PROMPTS = 8
 """A batch of one decodes so many prompts, one after another."""
 LONGEST_PROMPT = 512
+CHAT = Sampling(temperature=1.0, top_p=0.95)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Bench:
         prompts = [[1] * row.context] * row.batch
         spread, tokens = engine.time_rounds(prompts, settings.rounds, settings.repeats)
         phases = self._phases(engine, prompts)
-        parts = predictable(phases, row.k)
+        parts = arithmetic.round_parts(phases, row.k)
         alpha = settings.acceptance
         row.note = f"SYNTHETIC: random weights, proposals accepted with probability {alpha:g}"
         row.time(spread, row.batch * tokens / spread.median * 1e3)
@@ -241,8 +242,7 @@ class Bench:
         settings = self.settings
         model = self._llama()
         longest = max(settings.chat_prompt + GATE_TOKENS, row.context, self._room(max(settings.contexts), 0))
-        sampling = Sampling(temperature=1.0, top_p=0.95)
-        engine = TimedEngine(model, batch=row.batch, max_length=longest, sampling=sampling)
+        engine = TimedEngine(model, batch=row.batch, max_length=longest, sampling=CHAT)
         prompts = short_prompts(model, row.batch, settings.chat_prompt)
         require(engine, prompts)
         runs = [engine.generate(prompts, settings.chat_tokens, seed=i) for i in range(settings.repeats + 1)][1:]
@@ -306,16 +306,24 @@ class Bench:
         their_ms = theirs.median / settings.static_tokens * 1e3
         row.compare(f"transformers (static cache, compiled): {their_ms:.3f} ms per token", their_ms / ours.median)
 
-    def traces(self) -> Iterator[tuple[str, list[trace.Kernel]]]:
-        """Kernels of a plain round at batch 1, by shape."""
+    def traces(self, names: Sequence[str]) -> Iterator[tuple[str, list[trace.Kernel]]]:
+        """Kernels of a plain round: of both shapes at batch 1, and of self-chat; those that belong to these rows."""
         settings = self.settings
-        for model, name, context in (
-            (self._random(settings.shape), settings.shape, settings.context),
-            (self._llama(), settings.llama, settings.contexts[-1]),
-        ):
-            engine = TimedEngine(model, batch=1, max_length=context + trace.TRACED_ROUNDS + 1)
-            engine.unread = True
-            yield name, trace.kernels_in_a_round(engine, [[1] * context])
+        if {"plain", "synthetic"} & set(names):
+            yield self._trace(self._random(settings.shape), settings.shape, 1, settings.context, Sampling())
+        yield self._trace(self._llama(), settings.llama, 1, settings.contexts[-1], Sampling())
+        if "selfchat" in names:
+            middle = settings.contexts[len(settings.contexts) // 2]
+            yield self._trace(self._llama(), settings.llama, settings.chat_batch, middle, CHAT)
+
+    def _trace(
+        self, model: HybridForCausalLM, name: str, batch: int, length: int, sampling: Sampling
+    ) -> tuple[str, list[trace.Kernel]]:
+        longest = length + trace.TRACED_ROUNDS + 1
+        engine = TimedEngine(model, batch=batch, max_length=longest, sampling=sampling)
+        engine.unread = True
+        kernels = trace.kernels_in_a_round(engine, [[1] * length] * batch)
+        return f"{name}, batch {batch}, length {length}", kernels
 
     def _plain_round(self, model: HybridForCausalLM, batch: int) -> tuple[Spread, dict[str, float]]:
         """ms per step of plain decoding at the context, and its phases; RefusedError if it is wrong."""
@@ -385,12 +393,6 @@ class Bench:
     def _llama(self) -> HybridForCausalLM:
         teacher = self.settings.teacher
         return self._random(self.settings.llama) if teacher is None else self._loaded(teacher)
-
-
-def predictable(phases: dict[str, float], k: int) -> dict[str, float]:
-    """The times that `predicted_speedup` takes, from an engine's phases: what the round takes beyond them is other."""
-    between = max(0.0, phases["round"] - phases["draft"] - phases["verify"] - phases["accept"])
-    return {"t_verify": phases["verify"], "t_draft": phases["draft"] / k, "t_other": phases["accept"] + between}
 
 
 def acceptance(runs: Sequence[Generated], k: int) -> dict[str, Any]:

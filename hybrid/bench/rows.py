@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,8 +103,7 @@ def line(row: Row) -> str:
     ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
     numbers = [f"{row.ms:.3f}", f"{row.iqr_ms:.3f}", f"{row.tokens_per_second:.0f}", ratio]
     found = [f"{_line([*first, *numbers])}  {row.compared_with}".rstrip()]
-    details = ", ".join(f"{name} {_short(value)}" for name, value in row.details.items())
-    found += [f"    {text}" for text in (row.note, details) if text]
+    found += [f"    {text}" for text in (row.note, *_details(row.details)) if text]
     return "\n".join(found)
 
 
@@ -119,9 +118,18 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _details(details: Mapping[Any, Any], title: str = "") -> list[str]:
+    """Single numbers on one line; every group of numbers on a line of its own, behind its name."""
+    single = {name: value for name, value in details.items() if not isinstance(value, Mapping)}
+    numbers = ", ".join(f"{name} {_short(value)}" for name, value in single.items())
+    found = [f"{title}: {numbers}" if title else numbers] if single else []
+    for name, value in details.items():
+        if isinstance(value, Mapping):
+            found += _details(value, f"{title} {name}".strip())
+    return found
+
+
 def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} {_short(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + " ".join(_short(v) for v in value) + "]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hybrid.cache import KVCache
 from hybrid.drafts import Draft
 from hybrid.engine import DecodeEngine
 from hybrid.model import HybridForCausalLM
+from hybrid.ties import Agreement, compare, last_logits
 
 GATE_PROMPT = 24
 GATE_TOKENS = 16
@@ -22,11 +22,6 @@ GATE_TOKENS = 16
 LOGITS_TOLERANCE = {torch.bfloat16: 4e-2, torch.float32: 1e-4}
 """Largest relative Frobenius error of decode's logits against the full forward's. Rounding the residual stream to
 bfloat16 after each of 64 additions alone makes 1.2e-2 to 2e-2 between two right ways to compute them."""
-TIE = {torch.bfloat16: 0.1, torch.float32: 1e-4}
-"""Logits closer than so many standard deviations of all logits may change places between two ways to compute them:
-five times the difference that rounding makes."""
-
-Agreement = Literal["exact", "near_tie", "wrong"]
 
 
 class RefusedError(RuntimeError):
@@ -125,7 +120,7 @@ def require(engine: TimedEngine, prompts: Sequence[Sequence[int]]) -> None:
     """Raise RefusedError unless the engine may be timed.
 
     Decode's logits must be those of the full forward; replies under a graph must be those without one, token for token;
-    and what speculation says greedily must be what plain decoding says, up to near-ties (`agreement`).
+    and what speculation says greedily must be what plain decoding says, up to near-ties (`hybrid.ties`).
     """
     error, tolerance = logits_error(engine.model, prompts[0]), LOGITS_TOLERANCE[engine.model.dtype]
     if not error <= tolerance:  # so that NaN is refused
@@ -157,28 +152,8 @@ def logits_error(model: HybridForCausalLM, prompt: Sequence[int]) -> float:
     if len(prompt) > 1:
         model.hidden(tokens[:, :-1], cache=cache)
     found = model.decode(tokens[:, -1:], cache, torch.zeros(1, dtype=torch.int32, device=model.device))
-    expected = _last_logits(model, tokens).double()
+    expected = last_logits(model, tokens).double()
     return float((found[0].double() - expected).norm() / expected.norm())
-
-
-@torch.no_grad()
-def agreement(
-    model: HybridForCausalLM, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int]
-) -> Agreement:
-    """How a reply compares with plain greedy decoding's.
-
-    Where they first differ both tokens must be nearly the best in the logits of the model's full forward over the text
-    before: not further below it than TIE standard deviations of all logits. What comes after is not compared.
-    """
-    if list(expected) == list(found):
-        return "exact"
-    first = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
-    if first is None:
-        return "wrong"
-    tokens = torch.tensor([[*prompt, *expected[:first]]], device=model.device)
-    logits = _last_logits(model, tokens)
-    worse = torch.minimum(logits[expected[first]], logits[found[first]])
-    return "near_tie" if float(logits.max() - worse) <= TIE[model.dtype] * float(logits.std()) else "wrong"
 
 
 def agreements(
@@ -187,11 +162,6 @@ def agreements(
     expected: Sequence[Sequence[int]],
     found: Sequence[Sequence[int]],
 ) -> dict[Agreement, int]:
-    """How many replies are exact, differ first at a near-tie, and are wrong; see `agreement`."""
-    verdicts = [agreement(model, *row) for row in zip(prompts, expected, found, strict=True)]
+    """How many replies are exact, differ first at a near-tie, and are wrong; see `hybrid.ties`."""
+    verdicts = [compare(model, *row)[0] for row in zip(prompts, expected, found, strict=True)]
     return {verdict: verdicts.count(verdict) for verdict in ("exact", "near_tie", "wrong")}
-
-
-def _last_logits(model: HybridForCausalLM, tokens: Tensor) -> Tensor:
-    """(V,) float32 after tokens (1, L); a bfloat16 result would be coarser than the ties that are looked for."""
-    return linear(model.hidden(tokens)[0, -1].float(), model.lm_head_weight.float())

@@ -7,11 +7,9 @@ each is timed under a CUDA graph, beside what else does the same work on the sam
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,10 +21,11 @@ import torch
 
 from kernels_ext.bench import table
 from kernels_ext.bench.cases import all_cases
+from kernels_ext.bench.circumstances import circumstances
 from kernels_ext.bench.measure import Case, Row, Setup, measure, sweep
 from kernels_ext.bench.timing import copy_bandwidth, time_graph
 
-BUDGET_SECONDS = 110.0
+BUDGET_SECONDS = 100.0
 SWEEP_BUDGET_SECONDS = 140.0
 _PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d")
 
@@ -56,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # the references run in float32
     copy = copy_bandwidth()
-    found = {**_circumstances(), "copy_bandwidth": copy}
-    _say(f"{found['device']}, driver {found['driver']}, copy {copy / 1e12:.2f} TB/s\n{table.HEADER}\n\n{table.head()}")
+    found = {**circumstances(_PACKAGES), "copy_bandwidth": copy}
+    _say(f"{found['hardware']}, driver {found['driver']}, copy {copy / 1e12:.2f} TB/s")
+    _say(f"{table.HEADER}\n\n{table.head()}")
     with torch.no_grad():
         rows = _run(cases, chosen.sweep, copy, lambda: budget - (time.monotonic() - started))
     found.update(seconds=round(time.monotonic() - started, 1), rows=[asdict(row) for row in rows])
@@ -97,37 +97,6 @@ def _missing() -> str:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU"
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
-
-
-def _circumstances() -> dict[str, Any]:
-    """Hardware, versions and commit: what the numbers depend on."""
-    properties = torch.cuda.get_device_properties(0)
-    root = Path(__file__).resolve().parents[2]
-    return {
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-        "cuda": torch.version.cuda,
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "commit": _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output(command: Sequence[str]) -> str | None:
-    """First line that a command prints; None if it fails."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(answer.splitlines()), "").strip() or None
 
 
 def _say(text: str) -> None:

@@ -62,7 +62,8 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def all_cases() -> list[Case]:
-    """Every row of a default run: first those that launch parameters are chosen by, then those alike."""
+    """Every row of a default run: first those with a target, then others that launch parameters are chosen by, then
+    those alike."""
     fp32, bf16 = torch.float32, torch.bfloat16
     cases = [ssd_update_case(batch, state) for batch in (64, 1) for state in (fp32, bf16)]
     cases += [ssd_verify_case(batch, 5, state) for batch in (64, 1) for state in (fp32, bf16)]
@@ -70,7 +71,8 @@ def all_cases() -> list[Case]:
         attention_case(2048, 3, 3, 64, keys=300, tokens=1, positions=512),
         attention_case(64, 3, 3, 64, keys=400, tokens=5, positions=512),
         attention_case(1, 8, 4, 128, keys=4096, tokens=1, positions=4352),
-        sample_case(2048, 49152, top_p=0.95),
+        sample_case(2048, 49152, 0.95, bf16),
+        sample_case(2048, 49152, 0.95, fp32),
         greedy_case(1, 128256),
         *linear_cases(rows=1),
         selective_update_case(64),
@@ -100,7 +102,8 @@ def all_cases() -> list[Case]:
         rope_case(1, 1),
         rope_case(1, 5),
     ]
-    return cases + [replace(case, swept=False) for case in alike]
+    cases += [replace(case, swept=False) for case in alike]
+    return sorted(cases, key=lambda case: not case.targets)
 
 
 def linear_cases(rows: int) -> list[Case]:
@@ -560,7 +563,7 @@ def attention_case(batch: int, groups: int, ratio: int, headdim: int, keys: int,
     return Case("decode_attention", shape, "bf16", prepare, configs=configs)
 
 
-def sample_case(rows: int, vocabulary: int, top_p: float) -> Case:
+def sample_case(rows: int, vocabulary: int, top_p: float, dtype: torch.dtype = ACTIVATION) -> Case:
     """Nucleus sampling. Wrong is a row whose uniform number lies off its token's interval of the cumulative
     distribution by more than 1e-4; rounding at a nucleus' edge may move a row in five hundred."""
 
@@ -568,8 +571,8 @@ def sample_case(rows: int, vocabulary: int, top_p: float) -> Case:
         op, reference = setup.kernel("sampling.kernel", "sample"), load("sampling.reference", "sample")
         probabilities = load("sampling.reference", "filtered_probabilities")
         settings = (1.0, 0, top_p)
-        copies = setup.copies(rows * vocabulary * 2, most=8)
-        logits = [4 * _normal(setup, rows, vocabulary) for _ in range(copies)]
+        size = rows * vocabulary * dtype.itemsize
+        logits = [4 * _normal(setup, rows, vocabulary, dtype=dtype) for _ in range(setup.copies(size, most=8))]
         uniforms = torch.rand(rows, device=setup.device)
 
         def check(config: Config | None) -> list[Deviation]:
@@ -589,16 +592,24 @@ def sample_case(rows: int, vocabulary: int, top_p: float) -> Case:
         def by_sorting() -> list[list[Call]]:
             return [[lambda part=part: reference(part, uniforms, *settings) for part in logits[:1]]]
 
-        return Workload(
-            phases, check, rows * vocabulary * 2, baselines=[Baseline("sorting, plain PyTorch", by_sorting)]
-        )
+        return Workload(phases, check, size, baselines=[Baseline("sorting, plain PyTorch", by_sorting)])
 
-    targets = [Target("us", 300.0)] if (rows, vocabulary) == (2048, 49152) else []
+    targets = [Target("us", 300.0 if dtype == torch.bfloat16 else 800.0)] if (rows, vocabulary) == (2048, 49152) else []
     configs = [
-        {"BLOCK": block, "num_warps": warps}
-        for block, warps in ((1024, 4), (2048, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (16384, 16))
+        {"BLOCK": block, "PIVOTS": pivots, "STAGES": stages, "SAMPLE": 2048, "num_warps": warps}
+        for block, pivots, stages, warps in (
+            (1024, 4, 1, 4),
+            (1024, 4, 4, 4),
+            (1024, 8, 3, 4),
+            (2048, 4, 1, 8),
+            (2048, 4, 2, 8),
+            (2048, 8, 3, 8),
+            (4096, 4, 1, 8),
+            (4096, 4, 3, 16),
+            (4096, 8, 3, 16),
+        )
     ]
-    return Case("sample", f"{rows}×{vocabulary} top_p={top_p:g}", "bf16", prepare, "", targets, configs)
+    return Case("sample", f"{rows}×{vocabulary} top_p={top_p:g}", NAMES[dtype], prepare, "", targets, configs)
 
 
 def greedy_case(rows: int, vocabulary: int) -> Case:

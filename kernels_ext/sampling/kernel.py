@@ -28,8 +28,12 @@ PROGRAMS = 264  # about two for each multiprocessor of an H100 or H200
 SMALLEST_BLOCK = 128  # Triton does not compile blocks of one element
 
 
-def launch_config(operator: str, rows: int, vocabulary: int) -> dict:
-    """Launch parameters of `greedy` ("greedy") and of the filters ("filter")."""
+def launch_config(operator: str, rows: int, vocabulary: int, itemsize: int = 2) -> dict:
+    """Launch parameters of `greedy` ("greedy") and of the filters ("filter"), whose logits have `itemsize` bytes.
+
+    PIVOTS: trial values of a pass. Where passes wait for memory, fewer passes with more of them are faster.
+    STAGES: blocks of a row under way. SAMPLE: logits of a row by which the first trial values are chosen.
+    """
     smallest = max(SMALLEST_BLOCK, triton.next_power_of_2(vocabulary))
     if operator == "greedy":
         block = min(1024, smallest)
@@ -39,7 +43,7 @@ def launch_config(operator: str, rows: int, vocabulary: int) -> dict:
     block = min(4096 if few else 2048, smallest)
     return {
         "BLOCK": block,
-        "PIVOTS": 4,
+        "PIVOTS": 8 if few or itemsize == 4 else 4,
         "STAGES": 3,
         "SAMPLE": min(4096, smallest),
         "num_warps": max(1, min(16 if few else 8, block // 256)),
@@ -88,7 +92,7 @@ def sample(
             *_filter_arguments(temperature, top_k, top_p),
             TOP_K=0 < top_k < vocabulary,
             TOP_P=top_p < 1.0,
-            **(launch_config("filter", rows, vocabulary) | (config or {})),
+            **(launch_config("filter", rows, vocabulary, logits.element_size()) | (config or {})),
         )
     return out
 
@@ -112,7 +116,7 @@ def filtered_probabilities(
             *_filter_arguments(temperature, top_k, top_p),
             TOP_K=0 < top_k < vocabulary,
             TOP_P=top_p < 1.0,
-            **(launch_config("filter", rows, vocabulary) | (config or {})),
+            **(launch_config("filter", rows, vocabulary, logits.element_size()) | (config or {})),
         )
     return out
 

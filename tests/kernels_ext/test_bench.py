@@ -1,13 +1,15 @@
 import importlib
 import itertools
 import json
+import re
 
 import pytest
 import torch
 
 from kernels_ext import bench
-from kernels_ext.bench import cases, table
+from kernels_ext.bench import cases, table, timing
 from kernels_ext.bench.__main__ import main
+from kernels_ext.bench.circumstances import circumstances, first_line
 from kernels_ext.bench.measure import (
     Baseline,
     Case,
@@ -179,6 +181,7 @@ TINY = [
     cases.rope_case(2, 2, heads=4, groups=2, headdim=8, positions=1100),
     cases.attention_case(2, 2, 2, 8, keys=20, tokens=3, positions=32),
     cases.sample_case(40, 97, top_p=0.9),
+    cases.sample_case(40, 97, 0.9, torch.float32),
     cases.greedy_case(3, 97),
     cases.linear_case("norm_linear", "in_proj", 2, 24, 16),
     cases.linear_case("linear_add", "out_proj", 2, 24, 16),
@@ -336,7 +339,9 @@ def test_sweep_prints_the_best_beside_the_default_and_refuses_what_is_wrong():
 def test_default_rows_are_those_of_the_issue():
     found = cases.all_cases()
     named = {f"{case.op} {case.shape} {case.state_dtype}".strip() for case in found}
-    assert len(named) == len(found)
+    assert len({(case.op, case.shape, case.dtype, case.state_dtype) for case in found}) == len(found)
+    with_target = [bool(case.targets) for case in found]
+    assert with_target == sorted(with_target, reverse=True), "targets come first"
     for batch in (1, 8, 64):
         for state in ("fp32", "bf16"):
             assert f"ssd_update {batch}×32(8)×128×128 {state}" in named
@@ -344,6 +349,21 @@ def test_default_rows_are_those_of_the_issue():
     assert {f"ssd_verify 1×32(8)×128×128 T={tokens} L=32 fp32" for tokens in range(4, 9)} <= named
     targets = {str(target) for case in found for target in case.targets}
     assert {"≥ 3.6 TB/s", "≥ 3.2 TB/s", "≤ 1.5 states", "≥ 4× 5 × ssd_update", "≥ 2.5× snapshots"} <= targets
+
+
+def test_circumstances():
+    found = circumstances(("torch", "no-such-package"), device="cpu")
+    assert "CPU" in found["hardware"] and found["versions"] == {"torch": torch.__version__, "no-such-package": None}
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found["commit"])
+    assert first_line(["no-such-program"]) is first_line(["false"]) is None
+
+
+def test_copy_bandwidth_is_that_of_the_faster_way(monkeypatch):
+    monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
+    zeros, times = torch.zeros, iter([50.0, 20.0])
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    monkeypatch.setattr(timing, "time_graph", lambda calls: [c() for c in calls] and bench.Timing(next(times), 0.0, 7))
+    assert bench.copy_bandwidth(1 << 10) == pytest.approx(2 * (1 << 10) / 20e-6)
 
 
 def test_refuses_without_cuda_in_one_line(monkeypatch, capsys):
@@ -357,7 +377,7 @@ def test_refuses_without_cuda_in_one_line(monkeypatch, capsys):
 def test_prints_a_table_and_one_json_line(monkeypatch, capsys, tmp_path, wrong):
     module = importlib.import_module("kernels_ext.bench.__main__")
     monkeypatch.setattr(module, "_missing", lambda: "")
-    monkeypatch.setattr(module, "_circumstances", lambda: {"device": "H200", "driver": "1"})
+    monkeypatch.setattr(module, "circumstances", lambda packages: {"hardware": "H200", "driver": "1"})
     monkeypatch.setattr(module, "copy_bandwidth", lambda: 4.28e12)
     monkeypatch.setattr(module, "time_graph", fake_timer)
     late = Baseline("late", lambda: [[lambda: None]], seconds=5.0)
@@ -376,7 +396,7 @@ def test_prints_a_table_and_one_json_line(monkeypatch, capsys, tmp_path, wrong):
 def test_out_of_time_is_said_and_unknown_patterns_are_refused(monkeypatch, capsys):
     module = importlib.import_module("kernels_ext.bench.__main__")
     monkeypatch.setattr(module, "_missing", lambda: "")
-    monkeypatch.setattr(module, "_circumstances", lambda: {"device": "H200", "driver": "1"})
+    monkeypatch.setattr(module, "circumstances", lambda packages: {"hardware": "H200", "driver": "1"})
     monkeypatch.setattr(module, "copy_bandwidth", lambda: 4.28e12)
     assert main(["--only", "greedy", "--budget", "1e-9"]) == 0
     lines = capsys.readouterr().out.splitlines()

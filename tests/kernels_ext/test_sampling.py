@@ -109,7 +109,16 @@ def test_hard_rows(ops, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [{}, {"BLOCK": 32, "num_warps": 1}], ids=["one block", "blocks"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"BLOCK": 32, "num_warps": 1},
+        {"BLOCK": 64, "PIVOTS": 4, "STAGES": 1, "SAMPLE": 32, "num_warps": 2},
+        {"BLOCK": 32, "PIVOTS": 16, "STAGES": 2, "SAMPLE": 16, "num_warps": 1},
+    ],
+    ids=["one block", "blocks", "sample", "pivots"],
+)
 def test_kernel_samples_what_the_reference_samples(dtype, config):
     logits = random_logits(6, 131, dtype, seed=5)
     for seed, (top_k, top_p) in enumerate(FILTERS):
@@ -119,6 +128,22 @@ def test_kernel_samples_what_the_reference_samples(dtype, config):
         assert got.tolist() == reference.sample(logits, uniforms, 0.9, top_k, top_p).tolist()
     got = kernel.filtered_probabilities(logits, 0.9, 20, 0.8, config=config)
     torch.testing.assert_close(got, reference.filtered_probabilities(logits, 0.9, 20, 0.8), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_row_of_any_shape(dtype):
+    """Flat, peaked and ascending rows: what a sample of a row says about the rest may be far off."""
+    logits = random_logits(4, 5003, torch.float32, seed=9, spread=1.0)
+    logits[1] *= 5.0
+    logits[2] = torch.linspace(-9, 9, 5003, device=DEVICE)
+    logits[3, 4900:] += 100.0  # as much above the first logits as to make weights overflow
+    logits = logits.to(dtype)
+    for top_k, top_p in ((0, 0.95), (0, 0.4), (50, 0.9)):
+        got = kernel.filtered_probabilities(logits, 0.7, top_k, top_p, config={"BLOCK": 256, "SAMPLE": 512})
+        for row, wanted in zip(got.cpu().double().numpy(), logits.float().cpu().numpy(), strict=True):
+            wanted = filtered_by_sorting(wanted, 0.7, top_k, top_p)
+            assert (row > 0).tolist() == (wanted > 0).tolist()
+            assert np.linalg.norm(row - wanted) <= 2e-6 * np.linalg.norm(wanted)
 
 
 def test_rows_may_be_a_view():
