@@ -148,7 +148,7 @@ def norm_linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See kernels_ext/linear/reference.py."""
-    if (few := _few_rows(x, weight)) is not None:
+    if (few := _few_rows(x, weight)) is not None and few.norm_linear_pays(x.shape[0], weight.shape[0]):
         return few.norm_linear(x, norm_weight, eps, weight, bias, out_dtype)
     if not uses_kernels(x.device.type):
         return linear.norm_linear(x, norm_weight, eps, weight, bias, out_dtype)

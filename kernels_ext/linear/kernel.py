@@ -2,7 +2,8 @@
 
 With so few rows a linear layer is a read of its weights, and each program reads BLOCK_N whole rows of them. Up to two
 rows of x are multiplied on the plain arithmetic units, from weights loaded straight into registers: many loads in
-flight, no shared memory until the final sum over K. More rows go through the tensor cores, x padded to 16 rows.
+flight, no shared memory until the final sum over K. More rows go through the tensor cores, x padded to 8 or 16 rows:
+block by block over K where weights are large, all of K at once where they are small and only latency counts.
 
 RMSNorm(x)·Wᵀ = (x·norm_weight)·Wᵀ / sqrt(mean(x²) + eps): Σx² is summed along with the product and divides at the end.
 """
@@ -360,8 +361,8 @@ def launch_config(M: int, Nout: int, K: int, dtype: torch.dtype, gated: bool = F
     """How a shape is launched. Nout: outputs, so half of the rows of a gated weight.
 
     BLOCK_N outputs a program. SPLIT > 0: all of K at once, in so many products by tensor cores, for small K;
-    WEIGHT_FIRST: x padded to 8 rows, where it has no more, instead of 16. SPLIT = 0: BLOCK_K columns at a time, a power of two;
-    DOT: by tensor cores (BLOCK_N ≥ 16) with num_stages of loads in flight. launch_pdl: start while the kernel
+    WEIGHT_FIRST: x padded to 8 rows, where it has no more, instead of 16. SPLIT = 0: BLOCK_K columns at a time;
+    DOT: by tensor cores (BLOCK_N ≥ 16), num_stages of loads in flight. launch_pdl: start while the kernel
     before is still running and read the first weights then; they must not be what the kernel before writes.
     """
     rows, weights = triton.next_power_of_2(M), 2 if gated else 1
@@ -382,7 +383,7 @@ def candidates(M: int, Nout: int, K: int, gated: bool = False) -> list[dict[str,
     weights = 2 if gated else 1
     whole = triton.next_power_of_2(K)
     if 64 < K <= 2048:
-        for BLOCK_N, SPLIT, num_warps in ((16, 4, 4), (16, 8, 8), (16, 8, 4), (32, 4, 4), (16, 4, 2), (64, 4, 4)):
+        for BLOCK_N, SPLIT, num_warps in ((16, 4, 4), (16, 8, 8), (32, 4, 4), (64, 4, 4)):
             if BLOCK_N * weights * whole <= 64 * 1024 and _head(K) // 16 >= SPLIT:
                 found.append(_whole(BLOCK_N, SPLIT, num_warps, True))
                 if BLOCK_N <= 32:
@@ -390,7 +391,7 @@ def candidates(M: int, Nout: int, K: int, gated: bool = False) -> list[dict[str,
     if M > 2:
         for BLOCK_N, num_warps in ((16, 1), (32, 2), (64, 4)):
             for BLOCK_K in (128, 256):
-                for num_stages in (3, 4, 6):
+                for num_stages in (3, 6):
                     if whole >= BLOCK_K and _shared_bytes(BLOCK_N, BLOCK_K, num_stages, weights) <= 112 * 1024:
                         found.append(_by_tensor_cores(BLOCK_N, BLOCK_K, num_warps, num_stages))
     for num_warps in (4, 2, 8, 1):

@@ -196,3 +196,8 @@ def test_fits_few_rows_of_one_type_without_gradient():
     assert not kernel.fits(x, trained)
     with torch.no_grad():
         assert kernel.fits(x, trained)
+
+
+def test_a_large_weight_for_several_rows_is_left_to_the_library():
+    assert kernel.norm_linear_pays(2, 128256) and kernel.norm_linear_pays(16, 4096)
+    assert not kernel.norm_linear_pays(3, 8192)
