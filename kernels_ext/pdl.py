@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel starts while the one before it in the stream is still running.
 
-A kernel lets the next one start first thing (`gdc_launch_dependents`) and waits (`gdc_wait`, on every path) ahead of its
-first access to memory that any kernel writes; what none writes, such as weights, may be read sooner. The wait is for the
-whole kernel before, which has waited for its own predecessor, so that everything earlier is done and visible too.
+A kernel lets the next one start first thing (`gdc_launch_dependents`) and waits (`gdc_wait`, on every path) ahead of
+its first access to memory that any kernel writes; what none writes, such as weights, may be read sooner. The wait is
+for the whole kernel before, which has waited for its own predecessor, so everything earlier is done and visible too.
 """
 
 from __future__ import annotations

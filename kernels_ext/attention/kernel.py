@@ -38,9 +38,9 @@ def launch_config(programs: int, block_q: int, headdim: int, itemsize: int) -> d
         return {"STREAMS": 1, "BLOCK_K": 16 if headdim * block_q > 2048 else 32, "num_warps": 4, "num_stages": 2}
     if block_q * headdim > 2048:
         return {"STREAMS": 1, "BLOCK_K": 64, "num_warps": 4 if block_q <= 64 else 8, "num_stages": 2}
-    if programs >= 4 * PROGRAMS:
+    if programs >= PROGRAMS:
         return {"STREAMS": 1, "BLOCK_K": 64, "num_warps": 1 if block_q <= 16 else 2, "num_stages": 3}
-    return {"STREAMS": 4, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+    return {"STREAMS": 4, "BLOCK_K": 32 if headdim <= 64 else 16, "num_warps": 4, "num_stages": 3}
 
 
 def default_splits(batch: int, groups: int, positions: int) -> int:
@@ -152,7 +152,7 @@ def _decode_attention_kernel(
     out_row = (b * T + t) * (G * R) + head
     slot = tl.load(slots + b).to(tl.int64)
     q_at = q + b * q_stride_b + t[:, None] * q_stride_t + head[:, None] * q_stride_h + p[None, :]
-    queries = tl.load(q_at, mask=q_mask, other=0.0).to(DOT)  # (BLOCK_Q, BLOCK_P), on its way before the slot is looked at
+    queries = tl.load(q_at, mask=q_mask, other=0.0).to(DOT)  # (BLOCK_Q, BLOCK_P), loaded while the slot is
     if slot < 0:
         if SPLITS == 1:  # with more, the second launch does it
             zero = tl.zeros((BLOCK_Q, BLOCK_P), dtype=out.dtype.element_ty)

@@ -23,7 +23,8 @@ def launch_config(batch: int, tokens: int, channels: int) -> dict:
 @triton.jit
 def _convolve(
     x, ring, weight, bias, y, ring_x, ring_B,
-    lengths, slots, offset, b, block, channels, channels_x, channels_B, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
+    lengths, slots, offset, b, block, channels, channels_x, channels_B,
+    x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
     ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l, weight_stride_c,
     T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
@@ -46,7 +47,7 @@ def _convolve(
     window = tl.load(x_row + i[:, None] * x_stride_t, mask=in_window, other=0.0)  # (BLOCK_T, BLOCK_C)
     acc += window.to(tl.float32) * last_weight[None, :]
     for k in tl.static_range(W - 1):
-        if T > W - 1 - k:
+        if W - 1 - k < T:
             back = i - (W - 1) + k  # counted from the window's first token
             from_x = tl.load(x_row + back[:, None] * x_stride_t, mask=in_window & (back >= 0)[:, None], other=0.0)
             tap_weight = tl.load(tap_weights + k, mask=in_c, other=0.0).to(tl.float32)
@@ -127,9 +128,9 @@ def _conv_ring_kernel(
     block = tl.program_id(1)
     if block * BLOCK_C < channels:
         _convolve(
-            x, ring, weight, bias, y, ring_x, ring_B, lengths, slots, offset, b, block, channels, channels_x, channels_B,
-            x_stride_b, x_stride_t, ring_stride_s, ring_stride_r, ring_x_stride_s, ring_x_stride_l,
-            ring_B_stride_s, ring_B_stride_l, weight_stride_c,
+            x, ring, weight, bias, y, ring_x, ring_B, lengths, slots, offset, b, block,
+            channels, channels_x, channels_B, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
+            ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l, weight_stride_c,
             T, W, R, L, SILU, HAS_BIAS, HAS_RING, BLOCK_T, BLOCK_C, PDL,
         )  # fmt: skip
     elif HAS_DT:  # the last program of a row

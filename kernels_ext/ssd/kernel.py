@@ -6,8 +6,6 @@ group. `config` of a launcher overrides entries of `launch_config`, as the bench
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -148,8 +146,148 @@ def _fold(
         tl.store(state_ptrs + n[None, :], state.to(state_ptrs.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _factors(scores, dt, next_dt, A, D, column, own, HAS_D: tl.constexpr):
+    """What a token of the window, standing in column own (T,), multiplies the state (T,) and each column (T, L) by."""
+    visible = column[None, :] <= own[:, None]
+    decay = tl.exp(tl.sum(tl.where(visible, (dt * A)[None, :], 0.0), axis=1))
+    steps = tl.where(column[None, :] < own[:, None], (next_dt * A)[None, :], 0.0)
+    between = tl.cumsum(steps, axis=1, reverse=True)  # as in _fold, up to each token
+    weights = tl.where(visible, scores * tl.exp(between) * dt[None, :], 0.0)
+    if HAS_D:
+        weights += tl.where(column[None, :] == own[:, None], D, 0.0)
+    return decay, weights
+
+
 @triton.jit(do_not_specialize=["tokens", "window", "offset"])
 def _verify_kernel(
+    state_ptr,
+    ring_x_ptr,
+    ring_B_ptr,
+    ring_dt_ptr,
+    C_ptr,
+    A_ptr,
+    D_ptr,
+    y_ptr,
+    lengths_ptr,
+    folded_ptr,
+    slots_ptr,
+    tokens,
+    window,
+    offset,
+    ratio,
+    stride_state_slot,
+    stride_state_head,
+    stride_state_p,
+    stride_x_slot,
+    stride_x_ring,
+    stride_x_group,
+    stride_B_slot,
+    stride_B_ring,
+    stride_B_group,
+    stride_dt_slot,
+    stride_dt_head,
+    stride_C_row,
+    stride_C_token,
+    stride_C_head,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    HAS_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    DOT: tl.constexpr,
+    STATE_DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (⌈P / BLOCK_P⌉, H, B). Column j of the ring is position start + j."""
+    if PDL:
+        gdc_launch_dependents()
+    head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    group = head // ratio
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    t = tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_L)
+    y_ptrs = y_ptr + ((row * tokens + t[None, :]) * tl.num_programs(1) + head) * P + p[:, None]  # (P, T)
+    y_mask = (p < P)[:, None] & (t < tokens)[None, :]
+    A = tl.load(A_ptr + head)
+    D = A
+    if HAS_D:
+        D = tl.load(D_ptr + head)
+    if PDL:
+        gdc_wait()
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    if slot < 0:
+        tl.store(y_ptrs, tl.zeros([BLOCK_P, BLOCK_T], dtype=tl.float32).to(y_ptr.dtype.element_ty), mask=y_mask)
+    else:
+        # Loads that wait for the cursors come last.
+        length = tl.load(lengths_ptr + slot)
+        start = tl.load(folded_ptr + slot)
+        state_ptrs = state_ptr + slot * stride_state_slot + head * stride_state_head + p[:, None] * stride_state_p
+        state = _tile(state_ptrs, p < P, 0, N, CHUNK_N)  # (P, N)
+        C_ptrs = C_ptr + row * stride_C_row + head * stride_C_head + t[:, None] * stride_C_token
+        C = _tile(C_ptrs, t < tokens, 0, N, CHUNK_N)  # (T, N)
+
+        due = length - start + 2 * window > L
+        start = tl.where(due & (offset > 0), length, start)  # the first call of the round has folded the history
+        history = length - start + offset
+        live = history + tokens
+        place = (start + column) % L
+        dt_ptrs = ring_dt_ptr + slot * stride_dt_slot + head * stride_dt_head
+        dt = tl.load(dt_ptrs + place, mask=column < live, other=0.0)  # (L,)
+        next_dt = tl.load(dt_ptrs + (start + column + 1) % L, mask=column + 1 < live, other=0.0)
+        B_ptrs = ring_B_ptr + slot * stride_B_slot + group * stride_B_group + place[:, None] * stride_B_ring
+        B = _tile(B_ptrs, column < live, 0, N, CHUNK_N)  # (L, N)
+        x_ptrs = ring_x_ptr + slot * stride_x_slot + group * stride_x_group + p[:, None]
+        x_mask = (p < P)[:, None] & (column < live)[None, :]
+        x = tl.load(x_ptrs + place[None, :] * stride_x_ring, mask=x_mask, other=0.0)  # (P, L)
+
+        y = tl.zeros([BLOCK_P, BLOCK_T], dtype=tl.float32)
+        scores = tl.zeros([BLOCK_T, BLOCK_L], dtype=tl.float32)
+        # Selecting once more what the masks have selected keeps the compiler from moving each tile to shared memory,
+        # behind a barrier, as soon as it is loaded: so all loads are on their way before the first barrier.
+        x = tl.where((column < live)[None, :], x, 0.0)
+        B = tl.where((column < live)[:, None], B, 0.0)
+        C = tl.where((t < tokens)[:, None], C, 0.0)
+        for first in tl.static_range(0, BLOCK_N, CHUNK_N):
+            scores = tl.dot(C.to(DOT), tl.trans(B.to(DOT)), scores, input_precision=PRECISION)
+            y = tl.dot(state.to(STATE_DOT), tl.trans(C.to(STATE_DOT)), y, input_precision=PRECISION)
+            if first + CHUNK_N < BLOCK_N:
+                state = _tile(state_ptrs, p < P, first + CHUNK_N, N, CHUNK_N)
+                B = _tile(B_ptrs, column < live, first + CHUNK_N, N, CHUNK_N)
+                C = _tile(C_ptrs, t < tokens, first + CHUNK_N, N, CHUNK_N)
+
+        decay, weights = _factors(scores, dt, next_dt, A, D, column, history + t, HAS_D)
+        y = y * decay[None, :]
+        y = tl.dot(x.to(DOT), tl.trans(weights.to(DOT)), y, input_precision=PRECISION)
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+        if due & (offset == 0):
+            _fold(
+                state_ptrs,
+                x,
+                B_ptrs,
+                dt,
+                next_dt,
+                A,
+                p < P,
+                column,
+                history,
+                N,
+                BLOCK_N,
+                CHUNK_N,
+                STATE_DOT,
+                PRECISION,
+            )
+
+
+@triton.jit(do_not_specialize=["tokens", "window", "offset"])
+def _verify_group_kernel(
     state_ptr,
     ring_x_ptr,
     ring_B_ptr,
@@ -194,8 +332,10 @@ def _verify_kernel(
     HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (⌈P / BLOCK_P⌉, H / HEADS, B): a program takes HEADS heads of one group, one after another, the next one's
-    loads on their way (num_stages). Column j of the ring is position start + j."""
+    """`_verify_kernel` for HEADS heads of one group, one after another, the next state on its way meanwhile.
+
+    Grid (⌈P / BLOCK_P⌉, H / HEADS, B).
+    """
     if PDL:
         gdc_launch_dependents()
     first_head = tl.program_id(1) * HEADS
@@ -218,64 +358,47 @@ def _verify_kernel(
         length = tl.load(lengths_ptr + slot)
         start = tl.load(folded_ptr + slot)
         due = length - start + 2 * window > L
-        fold = due & (offset == 0)
         start = tl.where(due & (offset > 0), length, start)  # the first call of the round has folded the history
         history = length - start + offset
         live = history + tokens
         place = (start + column) % L
-        next_place = (start + column + 1) % L
         B_ptrs = ring_B_ptr + slot * stride_B_slot + group * stride_B_group + place[:, None] * stride_B_ring
+        B = _tile(B_ptrs, column < live, 0, N, BLOCK_N).to(DOT)  # (L, N)
         x_ptrs = ring_x_ptr + slot * stride_x_slot + group * stride_x_group + p[:, None]
         x_mask = (p < P)[:, None] & (column < live)[None, :]
-        own = history + t  # column of each token of the window
-        visible = column[None, :] <= own[:, None]  # (T, L)
+        x = tl.load(x_ptrs + place[None, :] * stride_x_ring, mask=x_mask, other=0.0)  # (P, L)
+        state_rows = state_ptr + slot * stride_state_slot + p[:, None] * stride_state_p
+        C_rows = C_ptr + row * stride_C_row + t[:, None] * stride_C_token
+        dt_row = ring_dt_ptr + slot * stride_dt_slot
         for head in range(first_head, first_head + HEADS):
-            # Loads that wait for the cursors come last.
-            state_ptrs = state_ptr + slot * stride_state_slot + head * stride_state_head + p[:, None] * stride_state_p
-            state = _tile(state_ptrs, p < P, 0, N, CHUNK_N)  # (P, N)
-            C_ptrs = C_ptr + row * stride_C_row + head * stride_C_head + t[:, None] * stride_C_token
-            C = _tile(C_ptrs, t < tokens, 0, N, CHUNK_N)  # (T, N)
+            state = _tile(state_rows + head * stride_state_head, p < P, 0, N, BLOCK_N)  # (P, N)
+            C = _tile(C_rows + head * stride_C_head, t < tokens, 0, N, BLOCK_N)  # (T, N)
             A = tl.load(A_ptr + head)
-            dt_ptrs = ring_dt_ptr + slot * stride_dt_slot + head * stride_dt_head
-            dt = tl.load(dt_ptrs + place, mask=column < live, other=0.0)  # (L,)
-            next_dt = tl.load(dt_ptrs + next_place, mask=column + 1 < live, other=0.0)
-            B = _tile(B_ptrs, column < live, 0, N, CHUNK_N)  # (L, N)
-            x = tl.load(x_ptrs + place[None, :] * stride_x_ring, mask=x_mask, other=0.0)  # (P, L)
-
-            y = tl.zeros([BLOCK_P, BLOCK_T], dtype=tl.float32)
-            scores = tl.zeros([BLOCK_T, BLOCK_L], dtype=tl.float32)
-            if HEADS == 1:
-                # Selecting once more what the masks have selected keeps the compiler from moving each tile to shared
-                # memory, behind a barrier, as soon as it is loaded: so all loads are on their way before the first one.
-                x = tl.where((column < live)[None, :], x, 0.0)
-                B = tl.where((column < live)[:, None], B, 0.0)
-                C = tl.where((t < tokens)[:, None], C, 0.0)
-            for first in tl.static_range(0, BLOCK_N, CHUNK_N):
-                scores = tl.dot(C.to(DOT), tl.trans(B.to(DOT)), scores, input_precision=PRECISION)
-                y = tl.dot(state.to(STATE_DOT), tl.trans(C.to(STATE_DOT)), y, input_precision=PRECISION)
-                if first + CHUNK_N < BLOCK_N:
-                    state = _tile(state_ptrs, p < P, first + CHUNK_N, N, CHUNK_N)
-                    B = _tile(B_ptrs, column < live, first + CHUNK_N, N, CHUNK_N)
-                    C = _tile(C_ptrs, t < tokens, first + CHUNK_N, N, CHUNK_N)
-
-            decay = tl.exp(tl.sum(tl.where(visible, (dt * A)[None, :], 0.0), axis=1))  # (T,), on the state
-            steps = tl.where(column[None, :] < own[:, None], (next_dt * A)[None, :], 0.0)
-            between = tl.cumsum(steps, axis=1, reverse=True)  # as in _fold, up to each token
-            weights = tl.where(visible, scores * tl.exp(between) * dt[None, :], 0.0)  # (T, L)
+            D = A
             if HAS_D:
-                weights += tl.where(column[None, :] == own[:, None], tl.load(D_ptr + head), 0.0)
+                D = tl.load(D_ptr + head)
+            dt_ptrs = dt_row + head * stride_dt_head
+            dt = tl.load(dt_ptrs + place, mask=column < live, other=0.0)  # (L,)
+            next_dt = tl.load(dt_ptrs + (start + column + 1) % L, mask=column + 1 < live, other=0.0)
+            scores = tl.dot(C.to(DOT), tl.trans(B), input_precision=PRECISION)  # (T, L)
+            y = tl.dot(state.to(STATE_DOT), tl.trans(C.to(STATE_DOT)), input_precision=PRECISION)  # (P, T)
+            decay, weights = _factors(scores, dt, next_dt, A, D, column, history + t, HAS_D)
             y = y * decay[None, :]
             y = tl.dot(x.to(DOT), tl.trans(weights.to(DOT)), y, input_precision=PRECISION)
             tl.store(y_ptrs + head * P, y.to(y_ptr.dtype.element_ty), mask=y_mask)
 
-            if fold:
+        if due & (offset == 0):
+            for head in tl.range(first_head, first_head + HEADS, num_stages=1):
+                dt_ptrs = dt_row + head * stride_dt_head
+                dt = tl.load(dt_ptrs + place, mask=column < history, other=0.0)  # (L,)
+                next_dt = tl.load(dt_ptrs + (start + column + 1) % L, mask=column + 1 < history, other=0.0)
                 _fold(
-                    state_ptrs,
+                    state_rows + head * stride_state_head,
                     x,
                     B_ptrs,
                     dt,
                     next_dt,
-                    A,
+                    tl.load(A_ptr + head),
                     p < P,
                     column,
                     history,
@@ -429,9 +552,13 @@ def ssd_verify(
     check_window(tokens, offset, window, ring)
     y = torch.empty(batch, tokens, heads, headdim, dtype=C.dtype, device=C.device)
     config = launch_config("verify", batch, heads, headdim, d_state, state.element_size()) | (config or {})
-    together = math.gcd(config["HEADS"], heads // groups)
+    ratio = heads // groups
+    together = max(n for n in range(1, min(config.pop("HEADS"), ratio) + 1) if ratio % n == 0)
+    kernel = _verify_kernel
+    if together > 1:
+        kernel, config["HEADS"] = _verify_group_kernel, together
     tiles = triton.cdiv(headdim, config["BLOCK_P"])
-    _verify_kernel[(tiles, heads // together, batch)](
+    kernel[(tiles, heads // together, batch)](
         state,
         ring_x,
         ring_B,
@@ -459,7 +586,7 @@ def ssd_verify(
         BLOCK_L=_block(ring),
         BLOCK_T=_block(tokens),
         **_products(state, C),
-        **pdl.launch_options(config | {"HEADS": together}, y.device, tiles * heads // together * batch),
+        **pdl.launch_options(config, y.device, tiles * heads // together * batch),
     )
     return y
 
