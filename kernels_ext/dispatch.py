@@ -148,7 +148,7 @@ def norm_linear(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See kernels_ext/linear/reference.py."""
-    if (few := _few_rows(x, weight)) is not None and few.norm_linear_pays(x.shape[0], weight.shape[0]):
+    if (few := _few_rows(x, weight)) is not None:
         return few.norm_linear(x, norm_weight, eps, weight, bias, out_dtype)
     if not uses_kernels(x.device.type):
         return linear.norm_linear(x, norm_weight, eps, weight, bias, out_dtype)
@@ -182,7 +182,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> Any:
         from kernels_ext.linear import kernel
     except ImportError:
         return None
-    return kernel if kernel.fits(x, weight) else None
+    return kernel if kernel.fits(x, weight) and kernel.pays(x.shape[0], *weight.shape) else None
 
 
 @cache

@@ -1,9 +1,8 @@
 """Triton twins of `reference.rope_append` and `reference.decode_attention`.
 
 Decoding is bound by the keys and values that it reads, so one program takes all query rows (R heads × T tokens) of a
-group and reads each key once. Few query rows leave one warp's tensor cores idle, so the warps of a program each take
-their own keys (STREAMS) and are joined at its end. Where the groups of the batch are too few to fill the GPU, the live
-keys are split over programs and a second launch joins the parts (flash decoding; online softmax of 1805.02867).
+group and reads each key once. Where the groups of the batch are too few to fill the GPU, the live keys are split over
+programs and a second launch joins the parts (flash decoding; online softmax of 1805.02867).
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from kernels_ext import pdl
 PROGRAMS = 264
 """How many programs of `decode_attention` fill the GPU: two for each of an H200's 132 multiprocessors."""
 MAX_SPLITS = 64
+NO_PDL = {"launch_pdl": False}
+"""Dependent launch made a layer of attention slower on an H200, by 1 to 15 %; `config` can still ask for it."""
 
 
 def rope_config() -> dict:
@@ -29,23 +30,24 @@ def rope_config() -> dict:
 
 
 def launch_config(programs: int, block_q: int, headdim: int, itemsize: int) -> dict:
-    """STREAMS of keys side by side in a program, each of one warp; or 1, whose warps share the query rows.
+    """BLOCK_K keys per step, as measured on an H200.
 
-    BLOCK_K keys per step and stream. In 16 bits a warp does the arithmetic of 16 query rows, so one is enough where
-    `programs` fill the GPU; float32 has no tensor cores, so its tiles stay small enough for the registers.
+    In 16 bits a warp does the arithmetic of 16 query rows, so one is enough for few and short ones; float32 has no
+    tensor cores, so its tiles stay small enough for the registers.
     """
     if itemsize == 4:
-        return {"STREAMS": 1, "BLOCK_K": 16 if headdim * block_q > 2048 else 32, "num_warps": 4, "num_stages": 2}
-    if block_q * headdim > 2048:
-        return {"STREAMS": 1, "BLOCK_K": 64, "num_warps": 4 if block_q <= 64 else 8, "num_stages": 2}
-    if programs >= PROGRAMS:
-        return {"STREAMS": 1, "BLOCK_K": 64, "num_warps": 1 if block_q <= 16 else 2, "num_stages": 3}
-    return {"STREAMS": 4, "BLOCK_K": 32 if headdim <= 64 else 16, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_K": 16 if headdim * block_q > 2048 else 32, "num_warps": 4, "num_stages": 2}
+    if headdim > 64 and programs >= PROGRAMS:
+        return {"BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    if block_q * headdim > 4096:
+        return {"BLOCK_K": 64, "num_warps": 4 if block_q <= 64 else 8, "num_stages": 2}
+    return {"BLOCK_K": 64, "num_warps": 1 if block_q <= 16 and headdim <= 64 else 2, "num_stages": 3}
 
 
 def default_splits(batch: int, groups: int, positions: int) -> int:
-    """Splits of the keys that fill the GPU, each of 256 positions of a full cache; below 512 joining costs more."""
-    return max(1, min(PROGRAMS // (batch * groups), positions // 256, MAX_SPLITS)) if positions > 512 else 1
+    """Splits of the keys that fill the GPU, each of 128 or, in long caches, 256 positions: more cost more to join."""
+    wanted = triton.cdiv(positions, 128) if positions <= 2048 else positions // 256
+    return max(1, min(PROGRAMS // (batch * groups), wanted, MAX_SPLITS))
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -120,7 +122,7 @@ def rope_append(
         qkv, k_cache, v_cache, cos, sin, lengths, slots, q, offset,
         *qkv.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
         T=length, H=n_heads, G=groups, P=headdim, HALF=headdim // 2,
-        **pdl.launch_options(config, qkv.device, grid[0] * grid[1]),
+        **pdl.launch_options(NO_PDL | config, qkv.device, grid[0] * grid[1]),
     )  # fmt: skip
     return q
 
@@ -135,7 +137,7 @@ def _decode_attention_kernel(
     q, k_cache, v_cache, lengths, slots, out, part, part_max, part_sum, offset, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_s, k_stride_g, k_stride_m, v_stride_s, v_stride_g, v_stride_m,
     T: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr, STREAMS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -161,59 +163,32 @@ def _decode_attention_kernel(
 
     n_keys = tl.load(lengths + slot) + offset + T
     last = n_keys - T + t  # the last position that a query row sees
-    steps = tl.cdiv(tl.cdiv(n_keys, SPLITS), STREAMS * BLOCK_K)
-    begin = split * steps * STREAMS * BLOCK_K
-    end = tl.minimum(begin + steps * STREAMS * BLOCK_K, n_keys)
+    steps = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_K)
+    begin = split * steps * BLOCK_K
+    end = tl.minimum(begin + steps * BLOCK_K, n_keys)
     k_base = k_cache + slot * k_stride_s + g * k_stride_g + p[None, :]
     v_base = v_cache + slot * v_stride_s + g * v_stride_g + p[None, :]
     # A row that sees no key of this split keeps a finite maximum, so that no ∞ − ∞ arises: its weights are all 0.
     # Keys past the end are past every query's `last` too, but for rows that pad BLOCK_Q: those see zeros.
-    if STREAMS == 1:
-        top = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)
-        total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-        acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=tl.float32)
-        for start in range(begin, end, BLOCK_K):
-            key = start + tl.arange(0, BLOCK_K)
-            kv_mask = (key < end)[:, None]
-            if P < BLOCK_P:
-                kv_mask = kv_mask & (p < P)[None, :]
-            k = tl.load(k_base + key[:, None] * k_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
-            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K), to base 2
-            scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.sum(weights, 1)
-            v = tl.load(v_base + key[:, None] * v_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
-            acc = acc * shrink[:, None]
-            acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
-            top = new_top
-    else:  # the same with the streams as the first dimension of everything, which products spread over the warps
-        all_queries = tl.broadcast_to(queries[None, :, :], (STREAMS, BLOCK_Q, BLOCK_P))
-        stream = tl.arange(0, STREAMS)
-        tops = tl.full((STREAMS, BLOCK_Q), -1e30, dtype=tl.float32)
-        totals = tl.zeros((STREAMS, BLOCK_Q), dtype=tl.float32)
-        accs = tl.zeros((STREAMS, BLOCK_Q, BLOCK_P), dtype=tl.float32)
-        for start in range(begin, end, STREAMS * BLOCK_K):
-            keys = start + stream[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # (STREAMS, BLOCK_K)
-            kv_mask = (keys < end)[:, :, None]
-            if P < BLOCK_P:
-                kv_mask = kv_mask & (p < P)[None, None, :]
-            k = tl.load(k_base[None, :, :] + keys[:, :, None] * k_stride_m, mask=kv_mask, other=0.0).to(DOT)
-            scores = tl.dot(all_queries, tl.permute(k, (0, 2, 1)), input_precision="ieee") * scale
-            scores = tl.where(keys[:, None, :] <= last[None, :, None], scores, -float("inf"))
-            new_top = tl.maximum(tops, tl.max(scores, 2))
-            weights = tl.exp2(scores - new_top[:, :, None])
-            shrink = tl.exp2(tops - new_top)
-            totals = totals * shrink + tl.sum(weights, 2)
-            v = tl.load(v_base[None, :, :] + keys[:, :, None] * v_stride_m, mask=kv_mask, other=0.0).to(DOT)
-            accs = accs * shrink[:, :, None]
-            accs = tl.dot(weights.to(DOT), v, accs, input_precision="ieee")
-            tops = new_top
-        top = tl.max(tops, 0)
-        share = tl.exp2(tops - top[None, :])
-        total = tl.sum(totals * share, 0)
-        acc = tl.sum(accs * share[:, :, None], 0)
+    top = tl.full((BLOCK_Q,), -1e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_P), dtype=tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        kv_mask = (key < end)[:, None]
+        if P < BLOCK_P:
+            kv_mask = kv_mask & (p < P)[None, :]
+        k = tl.load(k_base + key[:, None] * k_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K), to base 2
+        scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(v_base + key[:, None] * v_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
+        top = new_top
 
     if SPLITS == 1:
         result = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -284,13 +259,11 @@ def decode_attention(
         q, k_cache, v_cache, lengths, slots, out, part, part_max, part_sum, offset, math.log2(math.e) / headdim**0.5,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         T=length, G=groups, R=ratio, P=headdim, SPLITS=splits, BLOCK_Q=block_q, BLOCK_P=block_p,
-        DOT=_dot_type(q), **pdl.launch_options(config, q.device, programs),
+        DOT=_dot_type(q), **pdl.launch_options(NO_PDL | config, q.device, programs),
     )  # fmt: skip
     if splits > 1:
         block_s = triton.next_power_of_2(splits)
-        join = {"num_warps": max(1, min(block_s * block_p // 2048, 4))}
-        if "launch_pdl" in config:
-            join["launch_pdl"] = config["launch_pdl"]
+        join = {"num_warps": max(1, min(block_s * block_p // 2048, 4)), "launch_pdl": config.get("launch_pdl", False)}
         _join_splits_kernel[(batch * length * heads,)](
             part, part_max, part_sum, slots, out,
             ROWS=length * heads, P=headdim, SPLITS=splits, BLOCK_S=block_s, BLOCK_P=block_p,

@@ -352,9 +352,10 @@ def norm_swiglu(
     return _launch(x, gate_up, norm_weight, eps, None, None, True, config)
 
 
-def norm_linear_pays(M: int, Nout: int) -> bool:
-    """Whether `norm_linear` beats a norm and cuBLAS, which reads a large weight for several rows faster."""
-    return M <= 2 or Nout < 8192
+def pays(M: int, Nout: int, K: int) -> bool:
+    """Whether these kernels beat cuBLAS with a norm, a gate or a residual of their own, as measured on an H200: for one
+    or two rows always, for more as long as the weight is small and starting kernels is what costs."""
+    return M <= 2 or (Nout < 8192 and K <= 2048)
 
 
 def launch_config(M: int, Nout: int, K: int, dtype: torch.dtype, gated: bool = False) -> dict[str, Any]:
@@ -371,7 +372,8 @@ def launch_config(M: int, Nout: int, K: int, dtype: torch.dtype, gated: bool = F
     if M <= 2:
         return _few(rows, Nout, K, gated)
     if 128 <= _head(K) <= 1024 and Nout < 8192:
-        return _whole(16, _head(K) // 128, _head(K) // 128, True)
+        square = Nout <= K <= 1024 and not gated
+        return _whole(16, 4 if M > 8 or square else 8, 4, True)
     if gated:
         return _by_tensor_cores(32, min(_blocked(K), 128), 2, 6)
     return _by_tensor_cores(64, min(_blocked(K), 128), 4, 6)
@@ -416,7 +418,7 @@ def _few(rows: int, Nout: int, K: int, gated: bool) -> dict[str, Any]:
     elif Nout >= 8192:
         BLOCK_N, BLOCK_K, num_warps = 4, 512, 1
     else:
-        BLOCK_N, BLOCK_K, num_warps = (2 if K <= 1024 else 1), 1024, (4 if gated else 1)
+        BLOCK_N, BLOCK_K, num_warps = (2 if K <= 1024 else 1), 1024, 1
     launch_pdl = K <= 8192 and (K >= 2048 or Nout < 8192)
     return _by_registers(max(BLOCK_N // rows, 1), min(_blocked(K), BLOCK_K), num_warps, launch_pdl)
 

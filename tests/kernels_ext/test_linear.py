@@ -199,5 +199,5 @@ def test_fits_few_rows_of_one_type_without_gradient():
 
 
 def test_a_large_weight_for_several_rows_is_left_to_the_library():
-    assert kernel.norm_linear_pays(2, 128256) and kernel.norm_linear_pays(16, 4096)
-    assert not kernel.norm_linear_pays(3, 8192)
+    assert kernel.pays(2, 128256, 4096) and kernel.pays(16, 1536, 576)
+    assert not kernel.pays(3, 49152, 576) and not kernel.pays(3, 4096, 14336)
