@@ -116,8 +116,9 @@ def sample(
 ) -> Iterator[dict[str, Any]]:
     """Conversation records, with `seed` and `index` (number of the draw); malformed draws are dropped and counted.
 
-    generate: `hybrid.generate.generate`, or a `Generator`, which does not start anew for each batch. Draws go on until `conversations` are kept; ten barren batches stop it.
-    Each batch has a seed of its own from (seed, number of the batch), so the result depends on the batch size too.
+    generate: `hybrid.generate.generate`, or a `Generator`, which does not start anew for each batch. Draws go on until
+    `conversations` are kept; ten barren batches stop it. Each batch has a seed of its own from (seed, number of the
+    batch), so the result depends on the batch size too.
     """
     tally = tally or Tally()
     parser = TurnParser(tokenizer)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu, softplus
 
-from hybrid.cache import Span, SSMCache
+from hybrid.cache import Cursors, Span, SSMCache
 from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep
 from hybrid.rms_norm import RMSNorm
@@ -128,6 +128,12 @@ class Mamba1Mixer(nn.Module):
             )
         gated = y.reshape(step.batch, step.length, -1) * silu(z)
         return dispatch.linear_add(gated.view(x.shape[0], -1), self.out_proj.weight, own).to(x.dtype)
+
+    def fold(self, cache: SSMCache, cursors: Cursors, slots: Tensor) -> None:
+        """Write the tokens between `folded` and `lengths` into the state; the caller then moves `folded`."""
+        dispatch.selective_fold(
+            cache.state, cache.ring_x, cache.ring_B, cache.ring_dt, cache.A, cursors.lengths, cursors.folded, slots
+        )
 
     def _split(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, G, P), (B, L, G, J, N), (B, L, H, J, N): by group or head, B and C by pieces of N of its channels."""

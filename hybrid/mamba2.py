@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from hybrid.cache import Span, SSMCache
+from hybrid.cache import Cursors, Span, SSMCache
 from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep
 from hybrid.rms_norm import RMSNorm
@@ -130,6 +130,12 @@ class Mamba2Mixer(nn.Module):
             )
         gated = self.norm(y.reshape(step.batch, step.length, -1), z)
         return dispatch.linear_add(gated.view(x.shape[0], -1), self.out_proj.weight, own).to(x.dtype)
+
+    def fold(self, cache: SSMCache, cursors: Cursors, slots: Tensor) -> None:
+        """Write the tokens between `folded` and `lengths` into the state; the caller then moves `folded`."""
+        dispatch.ssd_fold(
+            cache.state, cache.ring_x, cache.ring_B, cache.ring_dt, cache.A, cursors.lengths, cursors.folded, slots
+        )
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config

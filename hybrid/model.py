@@ -130,6 +130,7 @@ class HybridForCausalLM(nn.Module):
                 raise ValueError("packed rows (seq_idx) cannot be decoded with a cache: give each document its own row")
             if counts is None:
                 counts = torch.full((batch,), length, device=tokens.device)
+            self.fold(cache)
             span = Span(cache.cursors.lengths.long(), counts.long())
             mask, positions = _cached_mask(cache, span, length)
         x = embedding(tokens, self.model.embed_tokens.weight)
@@ -182,6 +183,16 @@ class HybridForCausalLM(nn.Module):
             x = mixer.decode(x, layer.input_layernorm, state, step)
             x = layer.mlp.decode(x, layer.post_attention_layernorm)
         return x
+
+    def fold(self, cache: HybridCache) -> None:
+        """Bring the SSM states of a cache up to its lengths, so that text of any length can be appended."""
+        if cache.fresh or cache.window == 1:
+            return
+        slots = torch.arange(cache.slots, dtype=torch.int32, device=cache.cursors.lengths.device)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            if isinstance(layer, SSMCache):
+                block.mamba.fold(layer, cache.cursors, slots)
+        cache.cursors.folded.copy_(cache.cursors.lengths)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         """Replies to prompts; see `hybrid.generate.generate` for the options."""

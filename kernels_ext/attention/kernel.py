@@ -129,7 +129,9 @@ def rope_append(
 
 def _dot_type(q: Tensor) -> tl.dtype:
     """What the products take: q's own type, but float32 in the interpreter, whose bfloat16 products are wrong."""
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(q.dtype if q.is_cuda else None, tl.float32)
+    if not q.is_cuda:
+        return tl.float32
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(q.dtype, tl.float32)
 
 
 @triton.jit(do_not_specialize=["offset"])

@@ -32,7 +32,7 @@ def launch_config(op: str, batch: int, heads: int, headdim: int, d_state: int, i
             return {"BLOCK_P": min(rows, 32), "num_warps": 8, "num_stages": 1}
         return {"BLOCK_P": rows, "num_warps": 4, "num_stages": 1}
     rows = max(16, min(tile, 64))  # a matrix product has 16 or more, and what all tiles of a head repeat pays with many
-    while rows > 16 and batch * heads * triton.cdiv(headdim, rows) < MULTIPROCESSORS // 4:
+    while rows > 16 and batch * heads * triton.cdiv(headdim, rows) < MULTIPROCESSORS:
         rows //= 2
     config = {"BLOCK_P": rows, "num_warps": 4, "num_stages": 1}
     return config | {"HEADS": 1} if op == "verify" else config

@@ -127,23 +127,3 @@ def ssd_chunked(
     if skip is not None:
         y = y + skip.to(y.dtype)
     return y, state.view(batch, heads, headdim, d_state)
-
-
-def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token: x (B, G, P), dt (B, H), B (B, G, N), C (B, H, N), state (B, H, P, N) float32, not written in place.
-
-    Returns y (B, H, P) in x's type and the new state.
-    """
-    batch, groups, headdim = x.shape
-    heads, d_state = C.shape[1:]
-    ratio = heads // groups
-    dt = dt.float()
-    write = x.float()[:, :, None, :, None] * B.float()[:, :, None, None, :]  # (B, G, 1, P, N)
-    write = write * dt.view(batch, groups, ratio, 1, 1)
-    state = state * torch.exp(dt * A.float())[..., None, None] + write.view(batch, heads, headdim, d_state)
-    y = (state @ C.float()[..., None]).squeeze(-1)  # (B, H, P)
-    if D is not None:
-        y = y + D.float()[:, None] * x.float().repeat_interleave(ratio, dim=1)
-    return y.to(x.dtype), state

@@ -114,6 +114,24 @@ def test_a_window_may_be_read_in_parts(model):
             keep(cache, [5, 2])
 
 
+@pytest.mark.parametrize("mixer", [{}, {"mixer": "mamba1", "d_state": 4}], ids=["mamba-2", "mamba-1"])
+def test_text_can_be_appended_after_windows(mixer):
+    """What the ring holds is part of it: a next question follows a reply that was decoded by windows."""
+    model = tiny_hybrid.model(**mixer)
+    cache, rows = model.new_cache(2, 60, window=3), prompts(9, 4)
+    read(model, rows, cache)
+    cache.fresh = False
+    for step in range(2):
+        tried = tokens(2, 3, seed=step)
+        model.decode(tried, cache, torch.arange(2, dtype=torch.int32))
+        keep(cache, [3, 1])
+        rows = [row + new[:n] for row, new, n in zip(rows, tried.tolist(), [3, 1], strict=True)]
+    more = prompts(20, 7, seed=5)
+    for row, new, logits in zip(rows, more, read(model, more, cache), strict=True):
+        assert_close(logits, model(torch.tensor([row + new]))[0, len(row) :])
+    assert cache.cursors.folded.tolist() == cache.cursors.lengths.tolist() == [35, 13]
+
+
 def test_slots_used_before_are_as_good_as_new(model):
     cache = model.new_cache(2, 40, window=4)
     slots = torch.arange(2, dtype=torch.int32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels_ext.ssd.reference import ssd_chunked, ssd_sequential, ssd_step
+from kernels_ext.ssd.reference import ssd_chunked, ssd_sequential
 
 BATCH, RATIO, HEADDIM, STATE = 2, 3, 5, 7
 LENGTHS = (1, 63, 65, 130)
@@ -130,25 +130,6 @@ def test_two_halves_are_the_whole():
     second, state = ssd_chunked(**{n: arguments[n][:, 37:] for n in sequences}, **fixed, initial_state=state)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state, final, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_steps_are_the_recurrence(groups, skip):
-    arguments = problem(21, groups)
-    if not skip:
-        arguments["D"] = None
-    wanted, final = ssd_sequential(**arguments)
-    state = arguments["initial_state"]
-    start = state.clone()
-    ys = []
-    for t in range(21):
-        x, dt, B, C = (arguments[n][:, t] for n in ("x", "dt", "B", "C"))
-        y, state = ssd_step(x, dt, arguments["A"], B, C, arguments["D"], state)
-        ys.append(y)
-    torch.testing.assert_close(torch.stack(ys, dim=1).double(), wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state.double(), final, rtol=1e-5, atol=1e-5)
-    assert torch.equal(arguments["initial_state"], start), "the state is not written in place"
 
 
 def test_half_precision_keeps_the_state_in_float32():
