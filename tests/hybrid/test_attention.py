@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from hybrid.attention import Attention, grouped_attention, rope_frequencies, rope_tables, rotate
+from hybrid.attention import Attention, rope_frequencies, rope_tables, rotate
 from tests.hybrid import tiny_hybrid
 
 ROPES = {
@@ -59,31 +58,25 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
     assert (score(12, 5) - score(12, 9)).abs() > 1e-3
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (6, 1)])
-def test_grouped_attention_is_attention_over_repeated_keys(heads, groups):
-    random = torch.Generator().manual_seed(0)
-    q = torch.randn(2, heads, 3, 8, generator=random)
-    k, v = torch.randn(2, 2, groups, 11, 8, generator=random)
-    mask = torch.rand(2, 1, 3, 11, generator=random) < 0.6
-    mask[..., 0] = True
-    repeated = [t.repeat_interleave(heads // groups, dim=1) for t in (k, v)]
-    torch.testing.assert_close(
-        grouped_attention(q, k, v, mask), scaled_dot_product_attention(q, *repeated, attn_mask=mask)
-    )
-
-
-def test_layer_is_that_of_transformers():
+def test_layer_is_that_of_transformers(heads, groups, masked):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-    shape = LlamaConfig(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
+    shape = LlamaConfig(hidden_size=48, num_attention_heads=heads, num_key_value_heads=groups, head_dim=8)
     shape._attn_implementation = "sdpa"
     torch.manual_seed(0)
     theirs = LlamaAttention(shape, 0).eval()
-    ours = Attention(tiny_hybrid.config())
+    config = tiny_hybrid.config(n_heads=heads, n_kv_heads=groups)
+    ours = Attention(config)
     ours.load_state_dict(theirs.state_dict())
     hidden = torch.randn(2, 13, 48)
     positions = torch.arange(13).expand(2, -1)
-    rope = rope_tables(rope_frequencies(tiny_hybrid.config()), positions, torch.float32)
-    wanted, _ = theirs(hidden, LlamaRotaryEmbedding(shape)(hidden, positions), None)
-    torch.testing.assert_close(ours(hidden, rope, None, None, None), wanted)
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, 13, 13) < 0.6
+        mask[..., 0] = True
+    rope = rope_tables(rope_frequencies(config), positions, torch.float32)
+    wanted, _ = theirs(hidden, LlamaRotaryEmbedding(shape)(hidden, positions), mask)
+    torch.testing.assert_close(ours(hidden, rope, mask), wanted)
