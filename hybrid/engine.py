@@ -134,6 +134,7 @@ class DecodeEngine:
         self.injected = None if injected is None else torch.full((k,), injected, device=self.device)
         self.random = torch.Generator(device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._addresses: list[int] = []
         self._q: Tensor | None = None
         self._logits = torch.empty(0)
         if draft is not None:
@@ -249,11 +250,16 @@ class DecodeEngine:
         self.tokens[:, 0].copy_(following)
 
     def _warm_up(self) -> None:
-        """Compile and capture the round once. With all rows inert a round changes nothing."""
-        if not self.graphs or self._graph is not None:
+        """Compile and capture the round, once for as long as the weights lie where they do: a graph reads addresses.
+        With all rows inert a round changes nothing."""
+        if not self.graphs:
             return
-        self.slots.fill_(-1)
-        self._graph = _captured(self._round)
+        models = [self.model, *(model for _, model in ([] if self.draft is None else self.draft.readers()))]
+        addresses = [p.data_ptr() for model in models for p in model.parameters()]
+        if self._graph is None or addresses != self._addresses:
+            self.slots.fill_(-1)
+            self._graph = _captured(self._round)
+            self._addresses = [p.data_ptr() for model in models for p in model.parameters()]
 
     def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Read all prompts but their last tokens, which the first round reads."""

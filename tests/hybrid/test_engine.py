@@ -305,6 +305,16 @@ def test_a_graph_is_what_it_was_captured_from(model, sampling, k):
     assert made[0] == made[1]
 
 
+@pytest.mark.gpu
+def test_weights_that_move_are_captured_anew(hybrid):
+    model = build(7)
+    engine = DecodeEngine(model, batch=3, max_length=LENGTH, eos_token_ids=())
+    assert engine.generate(PROMPTS, COUNT).replies != plain(hybrid)
+    for ours, theirs in zip(model.parameters(), hybrid.parameters(), strict=True):
+        ours.data = theirs.data.clone()
+    assert engine.generate(PROMPTS, COUNT).replies == plain(hybrid)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="everything here runs on the kernels already")
 @pytest.mark.parametrize(
     ("mixer", "sampling", "k"),
