@@ -61,6 +61,12 @@ def prompts(shard: Shard, max_tokens: int) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
+def drawn_prompts(shard: Shard, max_tokens: int, count: int, seed: int) -> list[tuple[str, tuple[int, ...]]]:
+    """At most `count` of `prompts`, in an order that the seed says."""
+    found = prompts(shard, max_tokens)
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+
+
 def read(source: str, root: Path = sources.PROJECT_ROOT) -> Iterator[dict[str, Any]]:
     """Records {"id", "chosen", "rejected"} of a source with `chosen` and `rejected` message lists, checked."""
     for where, row in conversations.rows(source, root, column="chosen"):

@@ -21,11 +21,8 @@ class Draft(Protocol):
     def allocate(self, engine: DecodeEngine) -> None:
         """Make the buffers for an engine's slots; ValueError if it cannot propose for its model."""
 
-    def reset(self) -> None:
-        """The engine starts with new prompts."""
-
     def readers(self) -> list[tuple[HybridCache, HybridForCausalLM]]:
-        """Models that must read what the engine reads, and their caches."""
+        """Models that must read what the engine reads, and their caches, which the engine resets for new prompts."""
 
     def propose(self, engine: DecodeEngine) -> Tensor | None:
         """Write K proposals to engine.tokens[:, 1:] and how many are real to engine.n_draft.
@@ -47,9 +44,6 @@ class NGramDraft:
         self.longest = longest
 
     def allocate(self, engine: DecodeEngine) -> None:
-        pass
-
-    def reset(self) -> None:
         pass
 
     def readers(self) -> list[tuple[HybridCache, HybridForCausalLM]]:
@@ -85,10 +79,6 @@ class ModelDraft:
         self.cache = self.model.new_cache(
             engine.batch, target.max_length, window=target.window, ring=target.ring, cursors=target.cursors
         )
-
-    def reset(self) -> None:
-        assert self.cache is not None
-        self.cache.reset(self.model)
 
     def readers(self) -> list[tuple[HybridCache, HybridForCausalLM]]:
         assert self.cache is not None

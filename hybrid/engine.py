@@ -254,7 +254,7 @@ class DecodeEngine:
         With all rows inert a round changes nothing."""
         if not self.graphs:
             return
-        models = [self.model, *(model for _, model in ([] if self.draft is None else self.draft.readers()))]
+        models = [model for _, model in self._readers()]
         addresses = [p.data_ptr() for model in models for p in model.parameters()]
         if self._graph is None or addresses != self._addresses:
             self.slots.fill_(-1)
@@ -263,7 +263,6 @@ class DecodeEngine:
 
     def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Read all prompts but their last tokens, which the first round reads."""
-        self.cache.reset(self.model)
         tokens, counts = right_pad(prompts, self.device)
         rows = len(prompts)
         self.text[:rows, : tokens.shape[1]] = tokens
@@ -271,11 +270,8 @@ class DecodeEngine:
         self.ends[:rows] = counts + max_new_tokens
         for tally in (self.rounds, self.proposed, self.accepted):
             tally.zero_()
-        if self.draft is not None:
-            self.draft.reset()
-        for cache, model in [(self.cache, self.model), *([] if self.draft is None else self.draft.readers())]:
-            cache.cursors.lengths.zero_()
-            cache.cursors.folded.zero_()
+        for cache, model in self._readers():
+            cache.reset(model)
             _prefill(model, cache, tokens[:, :-1], counts - 1)
         self.slots.fill_(-1)
         self.slots[:rows] = torch.arange(rows, dtype=torch.int32, device=self.device)
@@ -332,10 +328,12 @@ class DecodeEngine:
 
     def cache_bytes(self) -> dict[str, int]:
         """Bytes of state held, by kind, the draft's included."""
-        total = self.cache.bytes()
-        for cache, _ in [] if self.draft is None else self.draft.readers():
-            total = {kind: size + cache.bytes()[kind] for kind, size in total.items()}
-        return total
+        held = [cache.bytes() for cache, _ in self._readers()]
+        return {kind: sum(sizes[kind] for sizes in held) for kind in held[0]}
+
+    def _readers(self) -> list[tuple[HybridCache, HybridForCausalLM]]:
+        """Caches and the models that fill them: the engine's own first, then the draft's."""
+        return [(self.cache, self.model), *([] if self.draft is None else self.draft.readers())]
 
 
 def _captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -12,12 +12,13 @@ from torch.nn.functional import linear, silu, softplus
 from hybrid.cache import Cursors, Span, SSMCache
 from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep
+from hybrid.mixer import MambaMixer
 from hybrid.rms_norm import RMSNorm
 from kernels_ext import dispatch
 from kernels_ext.selective_scan.reference import selective_scan
 
 
-class Mamba1Mixer(nn.Module):
+class Mamba1Mixer(MambaMixer):
     """in_proj rows are z (d_inner), x (d_xb), B (d_xb), C (d_inner) and what dt_proj makes dt from (dt_rank).
 
     A_log (d_inner, N), dt_bias and D (d_inner,) are float32 whatever the other weights are. The convolution is of x
@@ -26,13 +27,7 @@ class Mamba1Mixer(nn.Module):
     """
 
     def __init__(self, config: HybridConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.sections = (config.d_inner, config.d_xb, config.d_xb, config.d_inner, config.dt_size)
-        self.in_proj = nn.Linear(config.d_model, sum(self.sections), bias=config.proj_bias)
-        self.conv1d = nn.Conv1d(
-            config.conv_channels, config.conv_channels, config.d_conv, groups=config.conv_channels
-        )  # holds weight (channels, 1, d_conv) and bias under mamba-ssm's names
+        super().__init__(config, (config.d_inner, config.d_xb, config.d_xb, config.d_inner, config.dt_size))
         self.dt_proj = nn.Linear(config.dt_size, config.d_inner, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(config.dt_size**-0.5), config.dt_size**-0.5)
         dt = torch.empty(config.d_inner, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
@@ -42,16 +37,6 @@ class Mamba1Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(config.d_inner, dtype=torch.float32))
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        seq_idx: Tensor | None = None,
-        cache: SSMCache | None = None,
-        span: Span | None = None,
-    ) -> Tensor:
-        """hidden (B, L, d_model) → (B, L, d_model)."""
-        return self.out_proj(self.features(hidden, seq_idx, cache, span)).to(hidden.dtype)
-
     def features(
         self,
         hidden: Tensor,
@@ -59,38 +44,16 @@ class Mamba1Mixer(nn.Module):
         cache: SSMCache | None = None,
         span: Span | None = None,
     ) -> Tensor:
-        """What enters out_proj: (B, L, d_inner). With a cache, the tokens of `span` are appended to its state."""
-        if not torch.is_autocast_enabled(hidden.device.type):  # a student may have float32 mixers in a bfloat16 body
-            hidden = hidden.to(self.in_proj.weight.dtype)
-        z, x, B, C, dt = self.in_proj(hidden).split(self.sections, dim=-1)
+        z, x, B, C, dt = self.project(hidden)
         dt = softplus(self.dt_proj(dt).float() + self.dt_bias)  # (B, L, D)
-        before = None if cache is None or span is None else span.conv_inputs(cache.conv, self.config.d_conv)
-        convolved = dispatch.causal_conv(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, before, self.config.conv_silu
-        )
-        state = None
-        if cache is not None and span is not None:
-            assert before is not None
-            span.keep_conv_inputs(cache.conv, torch.cat([before, x.to(before.dtype)], dim=1), self.config.d_conv)
-            dt, state = dt * span.live(dt.shape[1])[..., None], cache.state.float()
-        x, B, C = self._split(convolved, B, C)
-        y, state = selective_scan(x, dt, self.A, B, C, self.D, seq_idx, state)
-        if cache is not None:
-            cache.state.copy_(state)
+        x, B, C = self._split(self.convolve(x, seq_idx, cache, span), B, C)
+        y = self.scan(selective_scan, (x, dt, B, C), seq_idx, cache, span)
         return y.flatten(-2) * silu(z)
-
-    @property
-    def A(self) -> Tensor:
-        """(D, N) negative."""
-        return -torch.exp(self.A_log)
 
     def decode(self, x: Tensor, norm: RMSNorm, cache: SSMCache, step: DecodeStep) -> Tensor:
         """x + mixer(norm(x)) for a window of tokens over the cache; x (B·T, d_model)."""
-        cursors, own = step.cursors, x.to(self.in_proj.weight.dtype)  # mixers may be float32 in a bfloat16 body
-        projected = dispatch.norm_linear(
-            own, norm.weight.to(own.dtype), norm.eps, self.in_proj.weight, self.in_proj.bias
-        )
-        z, x_in, B, C, dt = projected.view(step.batch, step.length, -1).split(self.sections, dim=-1)
+        cursors = step.cursors
+        own, (z, x_in, B, C, dt) = self.enter(x, norm, step)
         dt = softplus(linear(dt, self.dt_proj.weight).float() + self.dt_bias)  # (B, T, D)
         convolved, _ = dispatch.conv_ring_update(
             x_in,
@@ -127,7 +90,7 @@ class Mamba1Mixer(nn.Module):
                 step.offset,
             )
         gated = y.reshape(step.batch, step.length, -1) * silu(z)
-        return dispatch.linear_add(gated.view(x.shape[0], -1), self.out_proj.weight, own).to(x.dtype)
+        return self.leave(gated, own, x)
 
     def fold(self, cache: SSMCache, cursors: Cursors, slots: Tensor) -> None:
         """Write the tokens between `folded` and `lengths` into the state; the caller then moves `folded`."""

@@ -150,12 +150,7 @@ def norm_linear(
     """See kernels_ext/linear/reference.py."""
     if (few := _few_rows(x, weight)) is not None:
         return few.norm_linear(x, norm_weight, eps, weight, bias, out_dtype)
-    if not uses_kernels(x.device.type):
-        return linear.norm_linear(x, norm_weight, eps, weight, bias, out_dtype)
-    normed = rms_norm(x, norm_weight, eps)
-    if out_dtype == torch.float32 and bias is None and x.dtype != torch.float32:
-        return torch.mm(normed, weight.t(), out_dtype=out_dtype)
-    return linear.linear(normed, weight, bias).to(out_dtype or x.dtype)
+    return linear.linear(rms_norm(x, norm_weight, eps), weight, bias, out_dtype)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:

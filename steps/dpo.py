@@ -96,9 +96,8 @@ def _self_made_pairs(
     context: StageContext,
     teacher: HybridForCausalLM,
 ) -> list[PreferencePair]:
-    prompts = preferences.prompts(Shard.load(inputs["corpus"] / "train.npz"), config.max_prompt_tokens)
-    order = np.random.default_rng(context.seed).permutation(len(prompts))[: config.pairs]
-    prompts = [prompts[i] for i in order]
+    train = Shard.load(inputs["corpus"] / "train.npz")
+    prompts = preferences.drawn_prompts(train, config.max_prompt_tokens, config.pairs, context.seed)
     replies: dict[str, list[list[int]]] = {"teacher": [], "student": []}
     student = load_pretrained(inputs["student"], context.device, compute_type(context))  # decodes in one type
     for name, model in (("teacher", teacher), ("student", student)):

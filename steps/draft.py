@@ -150,13 +150,14 @@ def _prompts(
     config: DraftConfig, inputs: Mapping[str, Path], split: str, count: int, context: StageContext
 ) -> list[tuple[str, tuple[int, ...]]]:
     """(id, tokens) of at most `count` conversations up to their first reply, in an order that the seed says."""
-    found = preferences.prompts(Shard.load(inputs["corpus"] / f"{split}.npz"), config.max_prompt_tokens)
+    shard = Shard.load(inputs["corpus"] / f"{split}.npz")
+    found = preferences.drawn_prompts(shard, config.max_prompt_tokens, count, context.seed)
     if not found:
         raise DraftError(
             f"no conversation of {split}.npz has an opening of at most {config.max_prompt_tokens} tokens: "
             "raise draft.max_prompt_tokens"
         )
-    return [found[i] for i in np.random.default_rng(context.seed).permutation(len(found))[:count]]
+    return found
 
 
 def _questions(

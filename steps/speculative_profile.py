@@ -122,11 +122,10 @@ def _size(model: HybridForCausalLM) -> int:
 
 def _prompts(corpus: Path, count: int, seed: int) -> list[list[int]]:
     """Openings of held-out conversations up to the first reply."""
-    found = preferences.prompts(Shard.load(corpus / "held_out.npz"), MAX_PROMPT_TOKENS)
+    found = preferences.drawn_prompts(Shard.load(corpus / "held_out.npz"), MAX_PROMPT_TOKENS, count, seed)
     if not found:
         raise ProfileError(f"no held-out conversation has an opening of at most {MAX_PROMPT_TOKENS} tokens")
-    order = np.random.default_rng(seed).permutation(len(found))[:count]
-    return [list(found[i][1]) for i in order]
+    return [list(tokens) for _, tokens in found]
 
 
 class _Profiler:

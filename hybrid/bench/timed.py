@@ -75,7 +75,7 @@ class TimedEngine(DecodeEngine):
         counts = self._integers(rows).copy_(torch.tensor([len(prompt) for prompt in prompts]))
         self.ends[:rows] = counts + max_new_tokens
         random = torch.Generator(device=self.device).manual_seed(0)
-        for cache, _ in [(self.cache, self.model), *([] if self.draft is None else self.draft.readers())]:
+        for cache, _ in self._readers():
             cache.cursors.lengths[:rows] = counts - 1
             cache.cursors.folded[:rows] = counts - 1
             for layer in cache.layers:

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels_ext.rms_norm.reference import rms_norm
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x·weightᵀ + bias: x (M, K), weight (Nout, K), bias (Nout,) or None. Returns (M, Nout)."""
-    return F.linear(x.to(weight.dtype), weight, bias)
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x·weightᵀ + bias: x (M, K), weight (Nout, K), bias (Nout,) or None. Returns (M, Nout) in out_dtype, the weight's
+    type if None: float32 keeps the sums of logits as they are."""
+    x = x.to(weight.dtype)
+    if out_dtype == torch.float32 and x.is_cuda and bias is None and weight.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=out_dtype)
+    return F.linear(x, weight, bias).to(out_dtype or weight.dtype)
 
 
 def norm_linear(
@@ -26,13 +32,10 @@ def norm_linear(
 ) -> Tensor:
     """RMSNorm(x)·weightᵀ + bias, RMSNorm(x) = norm_weight · x / sqrt(mean(x²) + eps) (1910.07467 §3).
 
-    x (M, K), norm_weight (K,), weight (Nout, K), bias (Nout,) or None. Returns (M, Nout) in out_dtype,
-    the weight's type if None: float32 keeps the sums of logits as they are.
+    x (M, K), norm_weight (K,), weight (Nout, K), bias (Nout,) or None. Returns (M, Nout); out_dtype
+    as in `linear`.
     """
-    normed = _rms_norm(x, norm_weight, eps).to(weight.dtype)
-    if out_dtype == torch.float32 and x.is_cuda and bias is None and weight.dtype != torch.float32:
-        return torch.mm(normed, weight.t(), out_dtype=out_dtype)
-    return F.linear(normed, weight, bias).to(out_dtype or weight.dtype)
+    return linear(rms_norm(x, norm_weight, eps), weight, bias, out_dtype)
 
 
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -53,10 +56,3 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, gate_up: Tensor) -> 
     """
     gate, up = norm_linear(x, norm_weight, eps, gate_up).chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """In float32, rounded to x's type before the weight, as transformers' Llama does."""
-    normed = x.float()
-    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)

@@ -22,8 +22,7 @@ MULTIPROCESSORS = 132
 def launch_config(op: str, batch: int, heads: int, headdim: int, d_state: int, itemsize: int) -> dict:
     """BLOCK_P, num_warps and num_stages of "update", "verify" or "fold" for a state of `itemsize` bytes a number.
 
-    Large tiles, halved while a small batch leaves multiprocessors without work. "verify" has HEADS too, the heads of a
-    group that a program takes one after another, at most.
+    Large tiles, halved while a small batch leaves multiprocessors without work.
     """
     tile = triton.next_power_of_2(headdim)
     if op == "update":
@@ -34,8 +33,7 @@ def launch_config(op: str, batch: int, heads: int, headdim: int, d_state: int, i
     rows = max(16, min(tile, 64))  # a matrix product has 16 or more, and what all tiles of a head repeat pays with many
     while rows > 16 and batch * heads * triton.cdiv(headdim, rows) < MULTIPROCESSORS:
         rows //= 2
-    config = {"BLOCK_P": rows, "num_warps": 4, "num_stages": 1}
-    return config | {"HEADS": 1} if op == "verify" else config
+    return {"BLOCK_P": rows, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -286,130 +284,6 @@ def _verify_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["tokens", "window", "offset"])
-def _verify_group_kernel(
-    state_ptr,
-    ring_x_ptr,
-    ring_B_ptr,
-    ring_dt_ptr,
-    C_ptr,
-    A_ptr,
-    D_ptr,
-    y_ptr,
-    lengths_ptr,
-    folded_ptr,
-    slots_ptr,
-    tokens,
-    window,
-    offset,
-    ratio,
-    stride_state_slot,
-    stride_state_head,
-    stride_state_p,
-    stride_x_slot,
-    stride_x_ring,
-    stride_x_group,
-    stride_B_slot,
-    stride_B_ring,
-    stride_B_group,
-    stride_dt_slot,
-    stride_dt_head,
-    stride_C_row,
-    stride_C_token,
-    stride_C_head,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    L: tl.constexpr,
-    HAS_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    DOT: tl.constexpr,
-    STATE_DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEADS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """`_verify_kernel` for HEADS heads of one group, one after another, the next state on its way meanwhile.
-
-    Grid (⌈P / BLOCK_P⌉, H / HEADS, B).
-    """
-    if PDL:
-        gdc_launch_dependents()
-    first_head = tl.program_id(1) * HEADS
-    heads = tl.num_programs(1) * HEADS
-    row = tl.program_id(2).to(tl.int64)
-    group = first_head // ratio
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    t = tl.arange(0, BLOCK_T)
-    column = tl.arange(0, BLOCK_L)
-    y_ptrs = y_ptr + (row * tokens + t[None, :]) * heads * P + p[:, None]  # (P, T)
-    y_mask = (p < P)[:, None] & (t < tokens)[None, :]
-    if PDL:
-        gdc_wait()
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    if slot < 0:
-        zero = tl.zeros([BLOCK_P, BLOCK_T], dtype=tl.float32).to(y_ptr.dtype.element_ty)
-        for head in range(first_head, first_head + HEADS):
-            tl.store(y_ptrs + head * P, zero, mask=y_mask)
-    else:
-        length = tl.load(lengths_ptr + slot)
-        start = tl.load(folded_ptr + slot)
-        due = length - start + 2 * window > L
-        start = tl.where(due & (offset > 0), length, start)  # the first call of the round has folded the history
-        history = length - start + offset
-        live = history + tokens
-        place = (start + column) % L
-        B_ptrs = ring_B_ptr + slot * stride_B_slot + group * stride_B_group + place[:, None] * stride_B_ring
-        B = _tile(B_ptrs, column < live, 0, N, BLOCK_N).to(DOT)  # (L, N)
-        x_ptrs = ring_x_ptr + slot * stride_x_slot + group * stride_x_group + p[:, None]
-        x_mask = (p < P)[:, None] & (column < live)[None, :]
-        x = tl.load(x_ptrs + place[None, :] * stride_x_ring, mask=x_mask, other=0.0)  # (P, L)
-        state_rows = state_ptr + slot * stride_state_slot + p[:, None] * stride_state_p
-        C_rows = C_ptr + row * stride_C_row + t[:, None] * stride_C_token
-        dt_row = ring_dt_ptr + slot * stride_dt_slot
-        for head in range(first_head, first_head + HEADS):
-            state = _tile(state_rows + head * stride_state_head, p < P, 0, N, BLOCK_N)  # (P, N)
-            C = _tile(C_rows + head * stride_C_head, t < tokens, 0, N, BLOCK_N)  # (T, N)
-            A = tl.load(A_ptr + head)
-            D = A
-            if HAS_D:
-                D = tl.load(D_ptr + head)
-            dt_ptrs = dt_row + head * stride_dt_head
-            dt = tl.load(dt_ptrs + place, mask=column < live, other=0.0)  # (L,)
-            next_dt = tl.load(dt_ptrs + (start + column + 1) % L, mask=column + 1 < live, other=0.0)
-            scores = tl.dot(C.to(DOT), tl.trans(B), input_precision=PRECISION)  # (T, L)
-            y = tl.dot(state.to(STATE_DOT), tl.trans(C.to(STATE_DOT)), input_precision=PRECISION)  # (P, T)
-            decay, weights = _factors(scores, dt, next_dt, A, D, column, history + t, HAS_D)
-            y = y * decay[None, :]
-            y = tl.dot(x.to(DOT), tl.trans(weights.to(DOT)), y, input_precision=PRECISION)
-            tl.store(y_ptrs + head * P, y.to(y_ptr.dtype.element_ty), mask=y_mask)
-
-        if due & (offset == 0):
-            for head in tl.range(first_head, first_head + HEADS, num_stages=1):
-                dt_ptrs = dt_row + head * stride_dt_head
-                dt = tl.load(dt_ptrs + place, mask=column < history, other=0.0)  # (L,)
-                next_dt = tl.load(dt_ptrs + (start + column + 1) % L, mask=column + 1 < history, other=0.0)
-                _fold(
-                    state_rows + head * stride_state_head,
-                    x,
-                    B_ptrs,
-                    dt,
-                    next_dt,
-                    tl.load(A_ptr + head),
-                    p < P,
-                    column,
-                    history,
-                    N,
-                    BLOCK_N,
-                    CHUNK_N,
-                    STATE_DOT,
-                    PRECISION,
-                )
-
-
 @triton.jit
 def _fold_kernel(
     state_ptr,
@@ -552,13 +426,8 @@ def ssd_verify(
     check_window(tokens, offset, window, ring)
     y = torch.empty(batch, tokens, heads, headdim, dtype=C.dtype, device=C.device)
     config = launch_config("verify", batch, heads, headdim, d_state, state.element_size()) | (config or {})
-    ratio = heads // groups
-    together = max(n for n in range(1, min(config.pop("HEADS"), ratio) + 1) if ratio % n == 0)
-    kernel = _verify_kernel
-    if together > 1:
-        kernel, config["HEADS"] = _verify_group_kernel, together
     tiles = triton.cdiv(headdim, config["BLOCK_P"])
-    kernel[(tiles, heads // together, batch)](
+    _verify_kernel[(tiles, heads, batch)](
         state,
         ring_x,
         ring_B,
@@ -586,7 +455,7 @@ def ssd_verify(
         BLOCK_L=_block(ring),
         BLOCK_T=_block(tokens),
         **_products(state, C),
-        **pdl.launch_options(config, y.device, tiles * heads // together * batch),
+        **pdl.launch_options(config, y.device, tiles * heads * batch),
     )
     return y
 

@@ -22,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels_ext.slots import writing_rows
+
 
 def check_groups(heads: int, groups: int) -> None:
     """ValueError unless the groups share the heads evenly."""
@@ -60,7 +62,8 @@ def ssd_update(
     batch, groups, headdim = x.shape
     heads, d_state = C.shape[1:]
     check_groups(heads, groups)
-    live, source, target = _rows(slots, batch, state.device)
+    slots = torch.arange(batch, device=state.device) if slots is None else slots
+    source, target, writes = writing_rows(slots)
     dtype = x.dtype
     x, dt, B, C = (t[source].float() for t in (x, dt, B, C))
     before = state[target]
@@ -70,8 +73,8 @@ def ssd_update(
     y = (after @ C[..., None]).squeeze(-1)  # (B, H, P)
     if D is not None:
         y = y + D.float()[:, None] * x.repeat_interleave(heads // groups, dim=1)
-    state.index_copy_(0, target, torch.where(live[source, None, None, None], after.to(state.dtype), before))
-    return torch.where(live[:, None, None], y, 0.0).to(dtype)
+    state.index_copy_(0, target, torch.where(writes[:, None, None, None], after.to(state.dtype), before))
+    return torch.where((slots >= 0)[:, None, None], y, 0.0).to(dtype)
 
 
 def ssd_verify(
@@ -102,7 +105,7 @@ def ssd_verify(
     check_groups(heads, groups)
     check_window(tokens, offset, window, ring)
     ratio = heads // groups
-    live, source, target = _rows(slots, batch, state.device)
+    source, target, writes = writing_rows(slots)
     length, start = lengths[target].long(), folded[target].long()
     due = length - start + 2 * window > ring
     if offset > 0:
@@ -128,9 +131,9 @@ def ssd_verify(
         y = y + D.float()[:, None, None] * skip.repeat_interleave(ratio, dim=1)
     if offset == 0:
         after = _fold(before, x, B, dt, log_decay, history)
-        write = (due & live[source])[:, None, None, None]
+        write = (due & writes)[:, None, None, None]
         state.index_copy_(0, target, torch.where(write, after, before))
-    return torch.where(live[:, None, None, None], y.transpose(1, 2), 0.0).to(dtype)
+    return torch.where((slots >= 0)[:, None, None, None], y.transpose(1, 2), 0.0).to(dtype)
 
 
 def ssd_fold(
@@ -148,28 +151,14 @@ def ssd_fold(
     Arguments as `ssd_verify`. ValueError if G does not divide H.
     """
     check_groups(state.shape[1], ring_x.shape[2])
-    live, source, target = _rows(slots, slots.shape[0], state.device)
+    _, target, writes = writing_rows(slots)
     start = folded[target].long()
     history = lengths[target].long() - start
     x, B, dt = _columns(ring_x, ring_B, ring_dt, target, start, history)
     before = state[target]
     after = _fold(before, x, B, dt, dt * A.float()[:, None], history)
-    write = (live[source] & (history > 0))[:, None, None, None]
+    write = (writes & (history > 0))[:, None, None, None]
     state.index_copy_(0, target, torch.where(write, after, before))
-
-
-def _rows(slots: Tensor | None, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """live (B,), the row to compute in the place of each row, and the slot that row writes.
-
-    Nothing here depends on how many rows are live: a padding row repeats the first live row, so that both write the
-    same bytes to the same slot; with no live row all write slot 0 back as it was.
-    """
-    rows = torch.arange(batch, device=device)
-    if slots is None:
-        return torch.ones_like(rows, dtype=torch.bool), rows, rows
-    live = slots >= 0
-    source = torch.where(live, rows, torch.argmax(live.int()))
-    return live, source, slots[source].long().clamp(min=0)
 
 
 def _columns(

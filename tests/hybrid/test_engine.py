@@ -42,8 +42,6 @@ class Scripted:
 
     def allocate(self, engine: DecodeEngine) -> None: ...
 
-    def reset(self) -> None: ...
-
     def readers(self) -> list:
         return []
 

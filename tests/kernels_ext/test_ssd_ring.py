@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +11,6 @@ from tests.kernels_ext.interpreted import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernel = interpreted("kernels_ext.ssd.kernel")
-SEVERAL_HEADS = SimpleNamespace(ssd_verify=partial(kernel.ssd_verify, config={"HEADS": 3, "num_stages": 2}))
 BOTH = pytest.mark.parametrize("ops", [ring_reference, kernel], ids=["reference", "kernel"])
 FLOAT, HALF = torch.float32, torch.bfloat16
 TOLERANCE = {(FLOAT, FLOAT): 2e-6, (FLOAT, HALF): 5e-3, (HALF, FLOAT): 1e-2, (HALF, HALF): 1e-2}  # (state, activations)
@@ -176,7 +172,7 @@ VERIFICATIONS = [  # headdim, d_state, groups, heads, tokens, offset, window, ri
 ]
 
 
-@pytest.mark.parametrize("ops", [ring_reference, kernel, SEVERAL_HEADS], ids=["reference", "kernel", "several heads"])
+@BOTH
 @pytest.mark.parametrize(
     "headdim, d_state, groups, heads, tokens, offset, window, ring, state_type, act, skip", VERIFICATIONS
 )
