@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from hybrid.cache import KVCache
@@ -13,6 +14,22 @@ from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep, joined
 from hybrid.rms_norm import RMSNorm
 from kernels_ext import dispatch
+
+Mask = Tensor | BlockMask | None
+"""(B, 1, L, S) bool, True = visible; the same by blocks of 128 × 128, for compiled code alone; None: plain causal."""
+
+
+def document_block_mask(seq_idx: Tensor) -> BlockMask:
+    """Causal within the documents of packed rows; seq_idx (B, L)."""
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (q >= kv) & (seq_idx[b, q] == seq_idx[b, kv])
+
+    batch, length = seq_idx.shape
+    return _create_block_mask(visible, batch, None, length, length, device=seq_idx.device)
+
+
+_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 def rope_frequencies(config: HybridConfig) -> Tensor:
@@ -62,14 +79,14 @@ class Attention(nn.Module):
         self,
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """hidden (B, L, d_model) → (B, L, d_model).
 
-        mask: (B, 1, L, S) bool, True = visible, or None for plain causal. With a cache, the new keys and values are
-        written at `positions` (B, L) and, if there is a mask, S is its width and all S keys are read from the cache.
+        With a cache, the new keys and values are written at `positions` (B, L) and, if there is a mask, S is its width
+        and all S keys are read from the cache.
         """
         batch, length, _ = hidden.shape
         q = self.q_proj(hidden).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, L, P)
@@ -77,6 +94,9 @@ class Attention(nn.Module):
         v = self.v_proj(hidden).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
         cos, sin = (table.to(q.dtype) for table in rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if isinstance(mask, BlockMask):
+            out = flex_attention(q, k, v, block_mask=mask, enable_gqa=self.n_heads != self.n_kv_heads)
+            return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         if cache is not None:
             assert positions is not None
             index = positions[:, None, :, None].expand(-1, self.n_kv_heads, -1, self.head_dim)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hybrid.model import HybridForCausalLM
-from hybrid.taps import attention_taps
 
 
 @torch.no_grad()
@@ -34,11 +33,9 @@ def calibrate_out_proj(
     gram = {i: torch.zeros(d_inner, d_inner, device=device) for i in layers}
     cross = {i: torch.zeros(d_inner, d_model, device=device) for i in layers}
     energy = dict.fromkeys(layers, 0.0)
-    with attention_taps(teacher, layers) as taps, torch.autocast(device.type, autocast, enabled=autocast is not None):
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for tokens, seq_idx in batches:
-            teacher.hidden(tokens, seq_idx)
-            for i in layers:
-                given, wanted = taps[i]
+            for i, (given, wanted) in teacher.mixing(tokens, seq_idx, layers).items():
                 features = student.blocks[i].mamba.features(given, seq_idx).float().flatten(0, 1)  # (T, d_inner)
                 target = wanted.float().flatten(0, 1)
                 with torch.autocast(device.type, enabled=False):

@@ -6,14 +6,14 @@ layer's attention was replaced, so a teacher's safetensors load as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
 
-from hybrid.attention import Attention, rope_frequencies, rope_tables
+from hybrid.attention import Attention, Mask, document_block_mask, rope_frequencies, rope_tables
 from hybrid.cache import Cursors, HybridCache, KVCache, Span, SSMCache, cache_bytes
 from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep, joined
@@ -59,6 +59,27 @@ class Block(nn.Module):
             self.mamba = MIXERS[config.mixer](config)
         self.is_attention = is_attention
 
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Mask,
+        seq_idx: Tensor | None = None,
+        state: KVCache | SSMCache | None = None,
+        span: Span | None = None,
+        positions: Tensor | None = None,
+        tapped: bool = False,
+    ) -> Any:
+        """x (B, L, d_model) → (B, L, d_model); if tapped, also what the mixer took and gave, both (B, L, d_model)."""
+        given = self.input_layernorm(x)
+        if self.is_attention:
+            mixed = self.self_attn(given, rope, mask, cast(KVCache | None, state), positions)
+        else:
+            mixed = self.mamba(given, seq_idx, cast(SSMCache | None, state), span)
+        x = x + mixed
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return (x, given, mixed) if tapped else x
+
 
 class Backbone(nn.Module):
     def __init__(self, config: HybridConfig) -> None:
@@ -71,6 +92,8 @@ class Backbone(nn.Module):
 
 class HybridForCausalLM(nn.Module):
     inv_freq: Tensor
+    blocks_compiled = False
+    """Set by `hybrid.compiled`."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
@@ -124,7 +147,7 @@ class HybridForCausalLM(nn.Module):
         batch, length = tokens.shape
         span: Span | None = None
         positions = _positions(seq_idx, batch, length, tokens.device)
-        mask = _packed_mask(seq_idx)
+        mask = self._packed_mask(seq_idx)
         if cache is not None:
             if seq_idx is not None:
                 raise ValueError("packed rows (seq_idx) cannot be decoded with a cache: give each document its own row")
@@ -133,21 +156,49 @@ class HybridForCausalLM(nn.Module):
             self.fold(cache)
             span = Span(cache.cursors.lengths.long(), counts.long())
             mask, positions = _cached_mask(cache, span, length)
-        x = embedding(tokens, self.model.embed_tokens.weight)
+        x = self._embedded(tokens)
         rope = rope_tables(self.inv_freq, positions, x.dtype)
-        for index, layer in enumerate(self.blocks):
-            state = None if cache is None else cache.layers[index]
-            normed = layer.input_layernorm(x)
-            if layer.is_attention:
-                x = x + layer.self_attn(normed, rope, mask, cast(KVCache | None, state), positions)
-            else:
-                x = x + layer.mamba(normed, seq_idx, cast(SSMCache | None, state), span)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        for index, block in enumerate(self.blocks):
+            x = block(x, rope, mask, seq_idx, None if cache is None else cache.layers[index], span, positions)
         if cache is not None and span is not None:
             cache.fresh = False
             for cursor in (cache.cursors.lengths, cache.cursors.folded):
                 cursor.copy_(span.start + span.counts)
         return self.model.norm(x)
+
+    def mixing(
+        self, tokens: Tensor, seq_idx: Tensor | None, layers: Collection[int]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """layer → (normed input of its mixer, the mixer's output), both (B, L, d_model); arguments as `hidden`.
+
+        Blocks behind the last of `layers` are not run.
+        """
+        positions = _positions(seq_idx, *tokens.shape, tokens.device)
+        mask, x = self._packed_mask(seq_idx), self._embedded(tokens)
+        rope = rope_tables(self.inv_freq, positions, x.dtype)
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        for index, block in enumerate(self.blocks[: max(layers, default=-1) + 1]):
+            if index in layers:
+                x, *seen[index] = block(x, rope, mask, seq_idx, tapped=True)
+            else:
+                x = block(x, rope, mask, seq_idx)
+        return seen
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """(B, L, d_model); under autocast the residual stream has its type, as it has where the model decodes."""
+        x = embedding(tokens, self.model.embed_tokens.weight)
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+    def _packed_mask(self, seq_idx: Tensor | None) -> Mask:
+        """Causal within documents; None (plain causal) for unpacked rows. Compiled blocks take it by blocks, others as
+        (B, 1, L, L)."""
+        if seq_idx is None:
+            return None
+        if self.blocks_compiled:
+            return document_block_mask(seq_idx)
+        same = seq_idx[:, None, :, None] == seq_idx[:, None, None, :]
+        return same & torch.ones_like(same[0, 0]).tril()
 
     def decode(
         self,
@@ -242,14 +293,6 @@ def _positions(seq_idx: Tensor | None, batch: int, length: int, device: torch.de
     is_start = torch.ones_like(seq_idx, dtype=torch.bool)
     is_start[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     return index - torch.where(is_start, index, 0).cummax(dim=1).values
-
-
-def _packed_mask(seq_idx: Tensor | None) -> Tensor | None:
-    """(B, 1, L, L) causal within documents; None (plain causal) for unpacked rows."""
-    if seq_idx is None:
-        return None
-    same = seq_idx[:, None, :, None] == seq_idx[:, None, None, :]
-    return same & torch.ones_like(same[0, 0]).tril()
 
 
 def _cached_mask(cache: HybridCache, span: Span, length: int) -> tuple[Tensor | None, Tensor]:

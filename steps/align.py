@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybrid import HybridForCausalLM
-from hybrid.taps import attention_taps
+from hybrid.compiled import compiled_blocks
 from steps.config import AlignConfig
 from steps.loop import train
 from steps.losses import align_loss
@@ -23,20 +23,22 @@ def run(config: AlignConfig, inputs: Mapping[str, Path], out: Path, context: Sta
     independent."""
     teacher, student = load_teacher(inputs, context), load_student(inputs, context)
     layers = student.config.mamba_layers
-    with attention_taps(teacher, layers) as taps:
+    error = torch.compile(_error, dynamic=False) if context.device == "cuda" else _error
 
-        def loss_function(model: HybridForCausalLM, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            with torch.no_grad():
-                teacher.hidden(batch.tokens, batch.seq_idx)
-            losses = []
-            for layer in layers:
-                given, wanted = taps[layer]
-                losses.append(align_loss(model.blocks[layer].mamba(given, batch.seq_idx), wanted))
-            stacked = torch.stack(losses)
-            return stacked.mean(), {"worst layer": stacked.detach().max()}
+    def loss_function(model: HybridForCausalLM, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            taught = teacher.mixing(batch.tokens, batch.seq_idx, layers)
+        losses = [error(model.blocks[i].mamba, given, wanted, batch.seq_idx) for i, (given, wanted) in taught.items()]
+        stacked = torch.stack(losses)
+        return stacked.mean(), {"worst layer": stacked.detach().max()}
 
+    with compiled_blocks(teacher):
         summary = train(
             student, token_batches(inputs["corpus"] / "train.npz", config, context), loss_function, config, context
         )
     save_student(student, inputs, out)
     return {**summary, "held_out": measure(teacher, student, inputs, context)}
+
+
+def _error(mixer: nn.Module, given: Tensor, wanted: Tensor, seq_idx: Tensor) -> Tensor:
+    return align_loss(mixer(given, seq_idx), wanted)

@@ -22,6 +22,7 @@ from corpora import chat, preferences, self_chat, sources
 from corpora.shards import Shard
 from evals.fidelity import Block, summarise, token_scores
 from hybrid import HybridConfig, HybridForCausalLM, load_pretrained, save_pretrained
+from hybrid.compiled import compiled_blocks
 from hybrid.config import MODEL_TYPE
 from hybrid.generate import Generator
 from steps import teacher
@@ -90,7 +91,8 @@ def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context:
         return kl_loss(hidden, head, taught, target_head, batch.mask, config.loss), {}
 
     batches = token_batches(out / TEXT, config, context)
-    summary = train(draft, batches, loss_function, config, replace(context, checkpoints=checkpoints))
+    with compiled_blocks(target, draft):
+        summary = train(draft, batches, loss_function, config, replace(context, checkpoints=checkpoints))
     save_pretrained(draft, out, tokenizer_from=inputs["student"])
     return {
         **summary,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
+from hybrid.compiled import compiled_blocks
 from steps.config import KLConfig
 from steps.loop import train
 from steps.losses import kl_loss
@@ -37,8 +38,8 @@ def run(config: KLConfig, inputs: Mapping[str, Path], out: Path, context: StageC
         )
         return loss, {}
 
-    summary = train(
-        student, token_batches(inputs["corpus"] / "train.npz", config, context), loss_function, config, context
-    )
+    batches = token_batches(inputs["corpus"] / "train.npz", config, context)
+    with compiled_blocks(teacher, student):
+        summary = train(student, batches, loss_function, config, context)
     save_student(student, inputs, out)
     return {**summary, "held_out": measure(teacher, student, inputs, context)}

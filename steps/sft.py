@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hybrid import HybridForCausalLM
+from hybrid.compiled import compiled_blocks
 from steps.config import SFTConfig
 from steps.loop import train
 from steps.losses import ce_loss
@@ -25,6 +26,7 @@ def run(config: SFTConfig, inputs: Mapping[str, Path], out: Path, context: Stage
         return ce_loss(hidden, model.lm_head_weight, batch.targets, batch.mask), {}
 
     batches = token_batches(inputs["corpus"] / "train.npz", config, context, mask="assistant_loss")
-    summary = train(student, batches, loss_function, config, context)
+    with compiled_blocks(student):
+        summary = train(student, batches, loss_function, config, context)
     save_student(student, inputs, out)
     return {**summary, "held_out": measure(load_teacher(inputs, context), student, inputs, context)}

@@ -6,7 +6,6 @@ import torch
 
 from hybrid.calibrate import calibrate_out_proj, solve_ridge
 from hybrid.init_map import from_attention
-from hybrid.taps import attention_taps
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import tokens
 
@@ -33,12 +32,10 @@ def batches():
 def features_and_targets(teacher, student, batches, layer) -> tuple[np.ndarray, np.ndarray]:
     """F (T, d_inner), O (T, d_model) in float64."""
     features, targets = [], []
-    with attention_taps(teacher, [layer]) as taps:
-        for text, seq_idx in batches:
-            teacher.hidden(text, seq_idx)
-            given, wanted = taps[layer]
-            features.append(student.model.layers[layer].mamba.features(given, seq_idx).flatten(0, 1))
-            targets.append(wanted.flatten(0, 1))
+    for text, seq_idx in batches:
+        given, wanted = teacher.mixing(text, seq_idx, [layer])[layer]
+        features.append(student.model.layers[layer].mamba.features(given, seq_idx).flatten(0, 1))
+        targets.append(wanted.flatten(0, 1))
     return torch.cat(features).double().numpy(), torch.cat(targets).double().numpy()
 
 
@@ -83,16 +80,3 @@ def test_weak_ridge_is_least_squares():
     gram, cross = (torch.tensor(features.T @ t, dtype=torch.float32) for t in (features, targets))
     wanted = np.linalg.lstsq(features, targets, rcond=None)[0]
     np.testing.assert_allclose(solve_ridge(gram, cross, 1e-9).numpy(), wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_taps_record_what_passes_and_go_away(teacher):
-    text = tokens(1, 9)
-    with attention_taps(teacher, [2]) as taps:
-        teacher(text)
-        assert set(taps) == {2}
-        given, wanted = taps[2]
-        assert given.shape == wanted.shape == (1, 9, 48)
-    before = dict(taps)
-    teacher(tokens(1, 9, seed=1))
-    assert taps[2][0] is before[2][0], "no longer recorded"
-    assert not teacher.model.layers[2].self_attn._forward_hooks

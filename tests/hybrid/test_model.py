@@ -137,3 +137,20 @@ def test_half_precision_keeps_its_type():
     cache = model.new_cache(2, 19)
     decoded = torch.cat([model(part, cache=cache) for part in tokens(2, 19).split([18, 1], dim=1)], dim=1)
     assert (decoded.float() - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mixing_is_what_attention_takes_and_gives(packed):
+    model = tiny_hybrid.model()
+    seq_idx = torch.tensor([[0] * 7 + [1] * 6]) if packed else None
+    seen = {}
+    handle = model.blocks[1].self_attn.register_forward_hook(
+        lambda module, args, output: seen.update(given=args[0], gave=output)
+    )
+    model.hidden(tokens(1, 13), seq_idx)
+    handle.remove()
+    found = model.mixing(tokens(1, 13), seq_idx, [1])
+    assert found.keys() == {1}
+    for ours, theirs in zip(found[1], seen.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert model.mixing(tokens(1, 13), None, []) == {}

@@ -17,7 +17,6 @@ from corpora.packing import PackedBlocks
 from corpora.preferences import PreferenceError
 from corpora.shards import Shard
 from hybrid import load_pretrained
-from hybrid.taps import attention_taps
 from steps import align, dpo, init_from_attention, kl_distill, sft
 from steps.config import AlignConfig, DPOConfig, InitStageConfig, KLConfig, SFTConfig
 from steps.students import token_batches
@@ -168,10 +167,8 @@ def test_align_loss_by_hand(chain):
     text, seq_idx = tensors(batch.tokens, batch.seq_idx)
     teacher, student = (load_pretrained(chain.inputs["align"][role]) for role in ("teacher", "student"))
     errors = []
-    with attention_taps(teacher, (0, 2)) as taps, torch.no_grad():
-        teacher(text, seq_idx)
-        for layer in (0, 2):
-            given, wanted = taps[layer]
+    with torch.no_grad():
+        for layer, (given, wanted) in teacher.mixing(text, seq_idx, (0, 2)).items():
             off = student.model.layers[layer].mamba(given, seq_idx).double() - wanted
             errors.append((off.pow(2).sum() / wanted.double().pow(2).sum()).item())
     assert chain.summary["align"]["loss_first"] == pytest.approx(sum(errors) / 2, rel=1e-4)

@@ -1,0 +1,37 @@
+"""Training passes under torch.compile, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hybrid.model import HybridForCausalLM
+
+
+@contextmanager
+def compiled_blocks(*models: HybridForCausalLM) -> Iterator[None]:
+    """Inside, the blocks of models on CUDA run compiled; elsewhere nothing changes.
+
+    For passes that are all of one shape: a new shape costs seconds of compilation.
+    """
+    on_cuda = [model for model in models if model.device.type == "cuda"]
+    for model in on_cuda:
+        compile_blocks(model)
+    try:
+        yield
+    finally:
+        for model in on_cuda:
+            model.blocks_compiled = False
+            for block in model.blocks:
+                block._compiled_call_impl = None
+
+
+def compile_blocks(model: HybridForCausalLM, **options: Any) -> None:
+    """All blocks of a kind share one compiled form; a model compiled whole would take minutes.
+
+    options: of torch.compile.
+    """
+    model.blocks_compiled = model.device.type == "cuda"  # masks by blocks have a gradient there alone
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True, **options)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hybrid.compiled import compile_blocks, compiled_blocks
+from tests.hybrid import tiny_hybrid
+from tests.hybrid.tiny_hybrid import tokens
+
+SEQ_IDX = torch.tensor([[0] * 30 + [1] * 34, [0] * 5 + [1] * 40 + [2] * 19], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    model.requires_grad_(True).zero_grad()
+    model.hidden(tokens(2, 64).to(model.device), SEQ_IDX.to(model.device)).float().pow(2).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_blocks_of_a_kind_share_one_graph_without_breaks():
+    plain = tiny_hybrid.model()
+    model = copy.deepcopy(plain)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(model, backend=counter)
+    found, wanted = gradients(model), gradients(plain)
+    assert counter.frame_count == 2, "one for attention, one for Mamba-2"
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_cpu_runs_as_before():
+    model = tiny_hybrid.model()
+    with compiled_blocks(model):
+        assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+@pytest.mark.gpu
+def test_compiled_is_eager_and_leaves_no_trace():
+    plain = tiny_hybrid.model(head_dim=16).cuda()
+    model = copy.deepcopy(plain)
+    with compiled_blocks(model):
+        found = gradients(model)
+    wanted = gradients(plain)
+    assert not model.blocks_compiled and all(block._compiled_call_impl is None for block in model.blocks)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=2e-2, atol=2e-2 * wanted[name].abs().max().item())
