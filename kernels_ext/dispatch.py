@@ -1,7 +1,8 @@
 """Chooses once, per operator and device, which implementation runs, and logs the choice.
 
-Decoding operators have a Triton kernel for CUDA and a plain PyTorch twin for everything else; with TRITON_INTERPRET=1
-the kernels run on a CPU, slowly, for tests. Training's scan and convolution differentiate, decoding's operators do not.
+Decoding operators and losses over the vocabulary have a Triton kernel for CUDA and a plain PyTorch twin for everything
+else; with TRITON_INTERPRET=1 the kernels run on a CPU, slowly, for tests. Training's scan and convolution
+differentiate, decoding's operators do not, and the losses write their gradient down.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kernels_ext.speculation import reference as speculation
 from kernels_ext.ssd import ring_reference as ssd_ring
 from kernels_ext.ssd.reference import CHUNK_SIZE, ssd_chunked
 from kernels_ext.swiglu import reference as swiglu
+from kernels_ext.vocabulary_loss import reference as vocabulary_loss
 
 __all__ = [
     "accept_greedy",
@@ -35,7 +37,9 @@ __all__ = [
     "advance",
     "causal_conv",
     "conv_ring_update",
+    "cross_entropy_",
     "decode_attention",
+    "divergence_",
     "filtered_probabilities",
     "gated_rms_norm",
     "greedy",
@@ -62,13 +66,13 @@ log = logging.getLogger(__name__)
 
 
 def uses_kernels(device_type: str) -> bool:
-    """Whether decoding operators on such a device are Triton kernels."""
+    """Whether operators that have a Triton kernel run it on such a device."""
     return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
 def triton_kernels() -> dict[str, Callable[..., Any]]:
-    """The decoding operators' Triton kernels by name; none where Triton is not installed."""
+    """The operators' Triton kernels by name; none where Triton is not installed."""
     try:
         from kernels_ext.attention import kernel as attention_kernel
         from kernels_ext.causal_conv import kernel as causal_conv_kernel
@@ -79,8 +83,9 @@ def triton_kernels() -> dict[str, Callable[..., Any]]:
         from kernels_ext.speculation import kernel as speculation_kernel
         from kernels_ext.ssd import kernel as ssd_kernel
         from kernels_ext.swiglu import kernel as swiglu_kernel
+        from kernels_ext.vocabulary_loss import kernel as vocabulary_loss_kernel
     except ImportError as error:
-        log.warning("decoding: plain PyTorch (Triton does not import: %s)", error)
+        log.warning("decoding and losses: plain PyTorch (Triton does not import: %s)", error)
         return {}
     modules = (
         attention_kernel,
@@ -92,13 +97,14 @@ def triton_kernels() -> dict[str, Callable[..., Any]]:
         speculation_kernel,
         ssd_kernel,
         swiglu_kernel,
+        vocabulary_loss_kernel,
     )
-    log.info("decoding: Triton kernels")
+    log.info("decoding and losses: Triton kernels")
     return {name: getattr(module, name) for module in modules for name in __all__ if hasattr(module, name)}
 
 
 def _operator(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The decoding operator of that name: its kernel, or `reference`, which is its plain PyTorch twin."""
+    """The operator of that name: its kernel, or `reference`, which is its plain PyTorch twin."""
     name = reference.__name__
 
     @wraps(reference)
@@ -129,6 +135,8 @@ accept_injected = _operator(speculation.accept_injected)
 accept_sampled = _operator(speculation.accept_sampled)
 advance = _operator(speculation.advance)
 ngram_propose = _operator(speculation.ngram_propose)
+divergence_ = _operator(vocabulary_loss.divergence_)
+cross_entropy_ = _operator(vocabulary_loss.cross_entropy_)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
@@ -180,21 +188,50 @@ def _few_rows(x: Tensor, weight: Tensor) -> Any:
     return kernel if kernel.fits(x, weight) and kernel.pays(x.shape[0], *weight.shape) else None
 
 
-@cache
 def ssd(device_type: str) -> Callable[..., tuple]:
-    """The chunked scan for a device type: mamba-ssm's kernel on CUDA where it imports, plain PyTorch elsewhere."""
-    if device_type == "cuda":
-        try:
-            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # noqa: F401
-        except ImportError as error:
-            log.info("ssd on cuda: plain PyTorch, compiled (mamba-ssm does not import: %s)", error)
-            return _compiled_for_training()
-        else:
-            from kernels_ext.ssd.mamba_ssm_kernel import ssd_mamba_ssm
+    """The chunked scan for a device type: Triton kernels on CUDA for the shapes that they serve, plain PyTorch
+    elsewhere."""
+    return _ssd_on_cuda if device_type == "cuda" else ssd_chunked
 
-            log.info("ssd on cuda: mamba-ssm")
-            return ssd_mamba_ssm
-    return ssd_chunked
+
+def _ssd_on_cuda(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any, **kwargs: Any) -> tuple:
+    if _has_scan_kernel():
+        from kernels_ext.ssd import scan_kernel
+
+        if scan_kernel.fits(x, B, C):
+            return scan_kernel.ssd_scan(x, dt, A, B, C, *args, **kwargs)
+    scan = ssd_chunked if torch.compiler.is_compiling() else _ssd_of_any_shape()
+    return scan(x, dt, A, B, C, *args, **kwargs)
+
+
+@torch.compiler.assume_constant_result  # a compiled block does not trace the attempt and its log
+def _has_scan_kernel() -> bool:
+    return _scan_kernel_imports()
+
+
+@cache
+def _scan_kernel_imports() -> bool:
+    try:
+        from kernels_ext.ssd import scan_kernel  # noqa: F401
+    except ImportError as error:
+        log.info("ssd on cuda: no Triton kernels (Triton does not import: %s)", error)
+        return False
+    log.info("ssd on cuda: Triton kernels")
+    return True
+
+
+@cache
+def _ssd_of_any_shape() -> Callable[..., tuple]:
+    """What serves the other shapes on CUDA: mamba-ssm's kernel where it imports, or else plain PyTorch, compiled."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # noqa: F401
+    except ImportError as error:
+        log.info("ssd on cuda, any shape: plain PyTorch, compiled (mamba-ssm does not import: %s)", error)
+        return _compiled_for_training()
+    from kernels_ext.ssd.mamba_ssm_kernel import ssd_mamba_ssm
+
+    log.info("ssd on cuda, any shape: mamba-ssm")
+    return ssd_mamba_ssm
 
 
 def _compiled_for_training() -> Callable[..., tuple]:

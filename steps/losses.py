@@ -1,21 +1,28 @@
 """Losses as plain functions. Every reduction is a mean over the tokens (or pairs) that count; KL and CE are in nats.
 
 Divergences and cross entropy work on hidden states and the output head, chunk by chunk: of the logits (T, V) only
-`chunk` rows exist at a time, and their gradient is turned into that of the hidden states (and of the head) at once, so
-nothing of size T·V is ever kept, in any precision.
+`chunk` rows exist at a time, in the type of the products, and `kernels_ext.vocabulary_loss` turns them into their own
+gradient in place. That becomes the gradient of the hidden states (and of the head) at once, so nothing of size T·V is
+ever kept, in any precision.
+
+Which tokens count is never asked of a GPU by the host: there all tokens go through the head, and those that do not
+count weigh 0; their hidden states must be finite. On a CPU they are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, linear, logsigmoid
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import logsigmoid
 
-Divergence = Literal["forward", "reverse", "jsd"]
+from kernels_ext.dispatch import cross_entropy_, divergence_
+from kernels_ext.vocabulary_loss.reference import Divergence, check_divergence
+
+ChunkLoss = Callable[[Tensor, slice, bool], Tensor]
+"""(logits of some tokens, which tokens, whether the logits are to become their gradient) → losses of the tokens."""
 
 
 def align_loss(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -27,31 +34,6 @@ def align_loss(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Te
     if mask is not None:
         difference, energy = difference * mask[..., None], energy * mask[..., None]
     return difference.sum() / energy.sum().clamp(min=1e-12)
-
-
-def divergence(
-    student_logits: Tensor, teacher_logits: Tensor, kind: Divergence = "forward", temperature: float = 1.0
-) -> Tensor:
-    """Per-token divergence (T,) between softmax(teacher / τ) = p and softmax(student / τ) = q, times τ².
-
-    forward Σ p log(p/q), reverse Σ q log(q/p), jsd ½ KL(p‖m) + ½ KL(q‖m) with m = (p + q)/2. The factor τ² keeps
-    gradients of one size (Hinton et al. 2015 §2). Logits (T, V) in float32.
-    """
-    log_p = torch.log_softmax(teacher_logits / temperature, dim=-1)
-    log_q = torch.log_softmax(student_logits / temperature, dim=-1)
-    if kind == "forward":
-        value = kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    elif kind == "reverse":
-        value = kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
-    elif kind == "jsd":
-        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, device=log_p.device))
-        value = 0.5 * (
-            kl_div(log_m, log_p, log_target=True, reduction="none").sum(-1)
-            + kl_div(log_m, log_q, log_target=True, reduction="none").sum(-1)
-        )
-    else:
-        raise ValueError(f"divergence {kind!r}: expected forward, reverse or jsd")
-    return value * temperature**2
 
 
 def kl_loss(
@@ -68,57 +50,73 @@ def kl_loss(
 ) -> Tensor:
     """Mean over the tokens of mask (B, L) of the divergence, plus ce_weight times the cross entropy on labels (B, L).
 
-    Hidden states (B, L, d), heads (V, d).
+    Hidden states (B, L, d), heads (V, d); the divergence is that of `kernels_ext.vocabulary_loss.reference`, times τ².
+    Where no token counts it raises ValueError on a CPU and is NaN on a GPU.
     """
-    if ce_weight and labels is None:
-        raise ValueError("ce_weight needs labels")
-    taught = teacher_hidden[mask]
-    wanted = labels[mask] if labels is not None else None
-    head = teacher_head.to(_compute_type(teacher_hidden))
+    check_divergence(kind, temperature, labels, ce_weight)
+    compute = _compute_type(teacher_hidden)
+    weight = teacher_head.detach().to(compute)
+    chunk = chunk or chunk_rows(mask.device)
+    buffer = weight.new_empty(min(chunk, mask.numel()), len(weight))
 
-    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = linear(taught[rows].to(head.dtype), head).float()
-        if kind == "forward":
-            loss = _ForwardKL.apply(logits, teacher_logits, temperature)
-        else:
-            loss = divergence(logits, teacher_logits, kind, temperature).sum()
-        if ce_weight and wanted is not None:
-            loss = loss + ce_weight * torch.nn.functional.cross_entropy(logits, wanted[rows], reduction="sum")
-        return loss
+    def loss(logits: Tensor, weights: Tensor, values: Sequence[Tensor], gradient: bool) -> Tensor:
+        taught, *wanted = values
+        teacher_logits = torch.mm(taught.to(compute), weight.T, out=buffer[: len(logits)])
+        chosen = wanted[0] if wanted else None
+        return divergence_(logits, teacher_logits, weights, kind, temperature, chosen, ce_weight, gradient)
 
-    return _head_loss(student_hidden[mask], student_head, chunk_loss, chunk)
+    values = [teacher_hidden.detach()] + ([] if labels is None else [labels])
+    return head_loss(student_hidden, student_head, mask, values, loss, chunk)
 
 
 def ce_loss(hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int | None = None) -> Tensor:
-    """Mean cross entropy over the tokens of mask (B, L); labels (B, L) are already the next tokens."""
-    wanted = labels[mask]
+    """Mean cross entropy over the tokens of mask (B, L); labels (B, L) are already the next tokens.
 
-    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
-        return torch.nn.functional.cross_entropy(logits, wanted[rows], reduction="sum")
+    Where no token counts it raises ValueError on a CPU and is NaN on a GPU.
+    """
 
-    return _head_loss(hidden[mask], head, chunk_loss, chunk)
+    def loss(logits: Tensor, weights: Tensor, values: Sequence[Tensor], gradient: bool) -> Tensor:
+        return cross_entropy_(logits, values[0], weights, gradient)
+
+    return head_loss(hidden, head, mask, [labels], loss, chunk)
+
+
+def head_loss(
+    hidden: Tensor,
+    head: Tensor,
+    mask: Tensor,
+    values: Sequence[Tensor],
+    loss: Callable[[Tensor, Tensor, Sequence[Tensor], bool], Tensor],
+    chunk: int | None = None,
+) -> Tensor:
+    """Mean over the tokens of mask (B, L) of a loss of the logits hidden (B, L, d) · head (V, d)ᵀ.
+
+    loss(logits (T, V), weights (T,), values, gradient) → (T,), not weighted, of some tokens; `values` are what it gets
+    of each of (B, L, …). Unless `gradient` is false the logits become d(Σ weights · losses)/d logits; a token of weight
+    0 has loss 0 and gradient 0. Where no token counts it raises ValueError on a CPU and is NaN on a GPU.
+    """
+    counted, hidden, *flat = _counted(mask, hidden, *values)
+    weights = counted.float() / counted.sum()
+
+    def chunk_loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
+        return loss(logits, weights[rows], [value[rows] for value in flat], gradient)
+
+    chunk = chunk or chunk_rows(hidden.device)
+    return _HeadLoss.apply(hidden, head, weights, chunk_loss, chunk, torch.is_grad_enabled())
 
 
 def sequence_log_probability(
     hidden: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int | None = None
 ) -> Tensor:
-    """Σ over the tokens of mask of log p(label), row by row: (B,). Logits are recomputed in the backward pass."""
-    flat, wanted = hidden[mask], labels[mask]
-    _check_some(flat)
-    head = head.to(_compute_type(hidden))
-    chunk = chunk or chunk_rows(hidden.device)
+    """Σ over the tokens of mask (B, L) of log p(label), row by row: (B,). Logits are recomputed in the backward pass.
 
-    def rows_log_probability(part: Tensor, part_labels: Tensor, weight: Tensor) -> Tensor:
-        logits = linear(part.to(weight.dtype), weight).float()
-        return -torch.nn.functional.cross_entropy(logits, part_labels, reduction="none")
-
-    parts = [
-        checkpoint(rows_log_probability, flat[i : i + chunk], wanted[i : i + chunk], head, use_reentrant=False)
-        for i in range(0, len(flat), chunk)
-    ]
-    row = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
-    return torch.zeros(len(mask), device=hidden.device).index_add(0, row, torch.cat(parts))
+    Where no token counts it raises ValueError on a CPU and is 0 on a GPU.
+    """
+    counted, hidden, labels = _counted(mask, hidden, labels)
+    values = _LogProbability.apply(hidden, head, labels, counted.float(), chunk or chunk_rows(hidden.device))
+    if len(values) < mask.numel():
+        values = values.new_zeros(mask.shape).masked_scatter(mask, values)
+    return values.view(mask.shape).sum(1)
 
 
 def dpo_loss(
@@ -138,17 +136,18 @@ def chunk_rows(device: torch.device) -> int:
     return 4096 if device.type == "cuda" else 128
 
 
-def _head_loss(
-    hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor], chunk: int | None
-) -> Tensor:
-    """Σ chunk_loss(logits of the rows) / T for hidden (T, d); chunk_loss returns a sum over its rows."""
-    _check_some(hidden)
-    return _ChunkedHead.apply(hidden, head, chunk_loss, chunk or chunk_rows(hidden.device))
-
-
-def _check_some(tokens: Tensor) -> None:
-    if not len(tokens):
+def _counted(mask: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """mask (B, L) and values (B, L, …) of the tokens that go through the head, flat: (T,), (T, …)."""
+    if not _leaves_out(mask.device):
+        return mask.flatten(), *(v.flatten(0, 1) for v in values)
+    if not mask.any():
         raise ValueError("no token of the batch counts: the mask is empty")
+    return mask[mask], *(v[mask] for v in values)
+
+
+def _leaves_out(device: torch.device) -> bool:
+    """Whether only tokens that count go through the head: choosing them makes the host wait for the device."""
+    return device.type == "cpu"
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:
@@ -156,63 +155,84 @@ def _compute_type(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-class _ForwardKL(torch.autograd.Function):
-    """Σ over tokens of `divergence(…, "forward")` with its gradient τ·(q − p) written down, in half the passes over the
-    logits that automatic differentiation takes. Consumes the teacher's logits."""
+def _through_head(
+    hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk: int, wants_hidden: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses (T,) of the logits hidden (T, d) · weight (V, d)ᵀ, both of one type, and what gradients are wanted.
 
-    @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-        if temperature != 1.0:
-            student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
-        log_q = torch.log_softmax(student_logits, dim=-1)
-        log_p = torch.log_softmax(teacher_logits, dim=-1)
-        p = log_p.exp()
-        value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
-        ctx.gradient = log_q.exp_().sub_(p)
-        ctx.temperature = temperature
-        return value * temperature**2
+    That of the hidden states is of their type, that of the weight, a sum over chunks, at least float32; autograd casts
+    them to the types of the tensors that they belong to.
+    """
+    total = torch.promote_types(hidden.dtype, torch.float32)
+    grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=total) if wants_weight else None
+    buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+    losses = []
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        part = hidden[rows]
+        logits = torch.mm(part, weight.T, out=buffer[: len(part)])
+        losses.append(chunk_loss(logits, rows, wants_hidden or wants_weight))
+        if grad_hidden is not None:
+            torch.mm(logits, weight, out=grad_hidden[rows])
+        if grad_weight is not None:
+            _add_product(grad_weight, logits.T, part)
+    return torch.cat(losses), grad_hidden, grad_weight
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.gradient.mul_(grad_output * ctx.temperature), None, None
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a · b, where total may be of a wider type than both."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and torch.__version__ >= "2.10":  # before, total had to be of the factors' type
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
-class _ChunkedHead(torch.autograd.Function):
-    """Linear head and loss with gradients taken in the forward pass, so that a chunk's logits die with the chunk."""
+class _HeadLoss(torch.autograd.Function):
+    """Σ weights · losses through a linear head, with gradients taken in the forward pass, so that a chunk's logits die
+    with the chunk."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, chunk_loss: Callable[[Tensor, slice], Tensor], chunk: int
+        ctx: Any, hidden: Tensor, head: Tensor, weights: Tensor, chunk_loss: ChunkLoss, chunk: int, gradient: bool
     ) -> Tensor:
         compute = _compute_type(hidden)
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        weight = head.detach().to(compute)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_head = torch.zeros_like(weight, dtype=torch.float32) if wants_head else None
-        total = torch.zeros((), device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            part = hidden[rows].detach().to(compute)
-            logits = linear(part, weight).float().requires_grad_(wants_hidden or wants_head)
-            with torch.enable_grad():
-                loss = chunk_loss(logits, rows)
-            total += loss.detach()
-            if wants_hidden or wants_head:
-                grad = torch.autograd.grad(loss, logits, torch.full_like(loss, 1 / len(hidden)))[0].to(compute)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = (grad @ weight).to(hidden.dtype)
-                if grad_head is not None:
-                    grad_head += grad.T @ part
-        ctx.grads = grad_hidden, None if grad_head is None else grad_head.to(head.dtype)
-        return total / len(hidden)
+        wants_hidden, wants_head = (wanted and gradient for wanted in ctx.needs_input_grad[:2])
+        losses, *ctx.grads = _through_head(
+            hidden.to(compute), head.to(compute), chunk_loss, chunk, wants_hidden, wants_head
+        )
+        return torch.dot(losses, weights.to(losses.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_head = ctx.grads
-        scale = grad_output
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_head is None else grad_head * scale,
-            None,
-            None,
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head = (None if grad is None else grad * grad_output for grad in ctx.grads)
+        return grad_hidden, grad_head, None, None, None, None
+
+
+class _LogProbability(torch.autograd.Function):
+    """log p(label) of each token, and 0 where counted (T,), of zeros and ones, is 0: (T,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, counted: Tensor, chunk: int) -> Tensor:
+        ctx.compute, ctx.chunk = _compute_type(hidden), chunk
+        ctx.save_for_backward(hidden, head, labels, counted)
+        return -_LogProbability._walk(ctx, hidden, head, labels, counted, False, False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head, labels, counted = ctx.saved_tensors
+        _, grad_hidden, grad_head = _LogProbability._walk(
+            ctx, hidden, head, labels, -grad_output * counted, *ctx.needs_input_grad[:2]
         )
+        return grad_hidden, grad_head, None, None, None
+
+    @staticmethod
+    def _walk(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, *wants: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def chunk_loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
+            return cross_entropy_(logits, labels[rows], weights[rows], gradient)
+
+        return _through_head(hidden.to(ctx.compute), head.to(ctx.compute), chunk_loss, ctx.chunk, *wants)

@@ -11,13 +11,20 @@ import torch
 
 from kernels_ext import dispatch
 from kernels_ext.ssd.reference import ssd_chunked, ssd_sequential
+from tests.kernels_ext.interpreted import interpreted
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+scan_kernel = interpreted("kernels_ext.ssd.scan_kernel")
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    dispatch.ssd.cache_clear()
+    choices = dispatch._scan_kernel_imports, dispatch._ssd_of_any_shape
+    for choice in choices:
+        choice.cache_clear()
     yield
-    dispatch.ssd.cache_clear()
+    for choice in choices:
+        choice.cache_clear()
 
 
 @pytest.fixture
@@ -56,10 +63,8 @@ def test_compiled_on_cuda_without_mamba_ssm(monkeypatch, caplog):
 
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     monkeypatch.setattr(torch, "compile", compiles)
-    with caplog.at_level(logging.INFO):
-        scan = dispatch.ssd("cuda")
-    assert dispatch.ssd("cuda") is scan
-    assert [r.message[:27] for r in caplog.records if r.name == dispatch.log.name] == ["ssd on cuda: plain PyTorch,"]
+    caplog.set_level(logging.INFO)
+    scan = dispatch.ssd("cuda")
 
     def run(length: int, gradients: bool) -> int:
         x, B, C = (torch.ones(1, length, heads, 2) for heads in (1, 1, 2))
@@ -71,12 +76,31 @@ def test_compiled_on_cuda_without_mamba_ssm(monkeypatch, caplog):
     assert run(128, gradients=True) == 1
     with torch.no_grad():
         assert run(128, gradients=True) == 1
+    chosen = [r.message for r in caplog.records if r.name == dispatch.log.name]
+    assert [line[:38] for line in chosen] == [
+        "ssd on cuda: Triton kernels",
+        "ssd on cuda, any shape: plain PyTorch,",
+    ], "each choice is made and logged once"
 
 
-def test_the_kernel_is_given_repeated_groups(mamba_ssm, caplog):
-    with caplog.at_level(logging.INFO):
-        scan = dispatch.ssd("cuda")
-    assert "ssd on cuda: mamba-ssm" in caplog.text
+def test_triton_on_cuda():
+    """What the kernels serve, through them, in one graph with the code around it."""
+    random = torch.Generator().manual_seed(0)
+    x, B = (torch.randn(1, 20, 1, 16, generator=random).to(DEVICE) for _ in range(2))
+    C, dt = torch.randn(1, 20, 2, 16, generator=random).to(DEVICE), torch.rand(1, 20, 2, generator=random).to(DEVICE)
+    arguments = x, dt, -torch.ones(2, device=DEVICE), B, C
+    ours, state = dispatch.ssd("cuda")(*arguments)
+    assert torch.equal(ours, scan_kernel.ssd_scan(*arguments)[0])
+    assert torch.equal(state, scan_kernel.ssd_scan(*arguments)[1])
+    compiled = torch.compile(lambda *given: 2 * dispatch.ssd("cuda")(*given)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), 2 * ours)
+    odd = *arguments[:3], B[..., :5], C[..., :5]  # plain PyTorch is traced along
+    torch.testing.assert_close(compiled(*odd), 2 * ssd_chunked(*odd)[0])
+
+
+def test_mamba_ssm_is_given_repeated_groups(mamba_ssm, caplog):
+    caplog.set_level(logging.INFO)
+    scan = dispatch.ssd("cuda")
     random = torch.Generator().manual_seed(0)
     x, B = (torch.randn(2, 9, 2, 4, generator=random) for _ in range(2))
     C = torch.randn(2, 9, 6, 4, generator=random)
@@ -88,3 +112,4 @@ def test_the_kernel_is_given_repeated_groups(mamba_ssm, caplog):
     torch.testing.assert_close(y, wanted)
     torch.testing.assert_close(final, wanted_final)
     assert mamba_ssm == [((2, 9, 6, 4), (2, 9, 6, 4))]
+    assert "ssd on cuda, any shape: mamba-ssm" in caplog.text

@@ -13,7 +13,8 @@ from torch.nn.functional import log_softmax
 
 from corpora.preferences import PreferencePair, collate
 from hybrid import load_pretrained
-from steps.losses import align_loss, ce_loss, divergence, dpo_loss, kl_loss, sequence_log_probability
+from steps import losses
+from steps.losses import align_loss, ce_loss, dpo_loss, kl_loss, sequence_log_probability
 from tests.hybrid import tiny_hybrid
 
 B, L, D, V = 3, 7, 6, 11
@@ -38,6 +39,13 @@ def batch() -> SimpleNamespace:
         labels=torch.randint(V, (B, L), generator=torch.Generator().manual_seed(5)),
         mask=mask,
     )
+
+
+@pytest.fixture(params=[True, False], ids=["left out", "weight 0"])
+def left_out(request, monkeypatch) -> bool:
+    """Tokens that do not count, as on a CPU and as on a GPU."""
+    monkeypatch.setattr(losses, "_leaves_out", lambda device: request.param)
+    return request.param
 
 
 def exact_divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
@@ -90,51 +98,6 @@ def test_align_gradient(batch, masked):
     compare(lambda output: align_loss(output, target, mask), exact, batch.hidden)
 
 
-# Divergence
-
-
-def test_divergence_by_hand():
-    """p = (1/2, 1/2), q = (1/4, 3/4)."""
-    teacher, student = torch.zeros(1, 2), torch.tensor([[0.0, math.log(3)]])
-    forward = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    reverse = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
-    middle = (3 / 8, 5 / 8)
-    jsd = 0.5 * sum(0.5 * math.log(0.5 / m) for m in middle)
-    jsd += 0.5 * sum(q * math.log(q / m) for q, m in zip((0.25, 0.75), middle, strict=True))
-    for kind, wanted in zip(KINDS, (forward, reverse, jsd), strict=True):
-        assert divergence(student, teacher, kind).item() == pytest.approx(wanted, rel=1e-5)
-    # at temperature 2 of logits twice as large, q and p are the same and the factor is 4
-    assert divergence(2 * student, 2 * teacher, "forward", 2.0).item() == pytest.approx(4 * forward, rel=1e-5)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-@pytest.mark.parametrize("kind", KINDS)
-def test_divergence_and_gradient(kind, temperature):
-    teacher = 2 * draw(5, V, seed=1)
-    compare(
-        lambda s: divergence(s, teacher, kind, temperature),
-        lambda s: exact_divergence(s, teacher, kind, temperature),
-        2 * draw(5, V),
-        tolerance=2e-5,
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_divergence_from_itself_and_none_that_is_infinite(kind):
-    logits = 3 * draw(4, V)
-    assert divergence(logits, logits, kind).abs().max() < 1e-6
-    far = torch.tensor([[80.0, 0.0, -80.0]]).requires_grad_()
-    value = divergence(far, far.detach().flip(-1), kind).sum()
-    value.backward()
-    assert value.isfinite()
-    assert far.grad.isfinite().all()
-
-
-def test_unknown_divergence_is_refused_by_name():
-    with pytest.raises(ValueError, match="'sideways': expected forward, reverse or jsd"):
-        divergence(torch.zeros(1, 2), torch.zeros(1, 2), "sideways")
-
-
 # KL and cross entropy through the head
 
 
@@ -142,7 +105,7 @@ def test_unknown_divergence_is_refused_by_name():
 @pytest.mark.parametrize(
     ("kind", "temperature", "ce_weight"), [("forward", 1, 0), ("reverse", 2, 0.3), ("jsd", 0.7, 1)]
 )
-def test_kl_loss(batch, kind, temperature, ce_weight, chunk):
+def test_kl_loss(batch, kind, temperature, ce_weight, chunk, left_out):
     def ours(hidden, head):
         return kl_loss(
             hidden,
@@ -167,7 +130,7 @@ def test_kl_loss(batch, kind, temperature, ce_weight, chunk):
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_ce_loss(batch, chunk):
+def test_ce_loss(batch, chunk, left_out):
     def exact(hidden, head):
         return -log_softmax((hidden @ head.T)[batch.mask], -1).gather(1, batch.labels[batch.mask][:, None]).mean()
 
@@ -197,7 +160,7 @@ def test_a_tied_head_gets_both_gradients(batch):
     compare(ours, exact, batch.head)
 
 
-def test_a_frozen_head_costs_no_gradient(batch):
+def test_a_frozen_head_costs_no_gradient(batch, left_out):
     hidden = batch.hidden.requires_grad_()
     ce_loss(hidden, batch.head, batch.labels, batch.mask, 4).backward()
     assert batch.head.grad is None
@@ -216,10 +179,54 @@ def test_the_teacher_gets_no_gradient(batch):
     assert teacher_head.grad is None
 
 
-def test_no_gradient_wanted(batch):
+def test_no_gradient_wanted(batch, monkeypatch):
+    """Then none is computed."""
+
+    def without_gradient(logits, labels, weights, gradient):
+        assert not gradient
+        return cross_entropy_(logits, labels, weights, gradient)
+
+    cross_entropy_ = losses.cross_entropy_
+    wanted = ce_loss(batch.hidden, batch.head, batch.labels, batch.mask)
+    monkeypatch.setattr(losses, "cross_entropy_", without_gradient)
     with torch.no_grad():
         value = ce_loss(batch.hidden, batch.head.requires_grad_(), batch.labels, batch.mask)
     assert not value.requires_grad
+    torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(batch, kind, left_out):
+    """Numerical derivatives in float64, through chunks, masks and both uses of the student's logits."""
+    hidden, head = (t.double().requires_grad_() for t in (batch.hidden[:2, :3], batch.head))
+    teacher = batch.teacher[:2, :3].double(), batch.teacher_head.double()
+    labels, mask = batch.labels[:2, :3], batch.mask[:2, :3].clone()
+    mask[1, 1] = False
+
+    def distilled(hidden, head):
+        return kl_loss(hidden, head, *teacher, mask, kind, 1.7, labels, 0.4, chunk=2)
+
+    def log_probability(hidden, head):
+        return sequence_log_probability(hidden, head, labels, mask, chunk=2)
+
+    assert torch.autograd.gradcheck(distilled, (hidden, head))
+    assert torch.autograd.gradcheck(log_probability, (hidden, head))
+
+
+def test_what_does_not_count_changes_nothing(batch, left_out):
+    """Neither its hidden states nor its labels, which may be none."""
+
+    def run(hidden, labels):
+        hidden, head = hidden.clone().requires_grad_(), batch.head.clone().requires_grad_()
+        value = kl_loss(hidden, head, batch.teacher, batch.teacher_head, batch.mask, labels=labels, ce_weight=1.0)
+        value = value + sequence_log_probability(hidden, head, labels, batch.mask).sum()
+        value.backward()
+        return value.detach(), hidden.grad, head.grad
+
+    other = torch.where(batch.mask[..., None], batch.hidden, 1e4)
+    labels = torch.where(batch.mask, batch.labels, -100)
+    for ours, wanted in zip(run(other, labels), run(batch.hidden, batch.labels), strict=True):
+        torch.testing.assert_close(ours, wanted)
 
 
 def test_empty_masks_and_missing_labels_are_refused(batch):
@@ -234,11 +241,19 @@ def test_empty_masks_and_missing_labels_are_refused(batch):
         kl_loss(batch.hidden, batch.head, batch.teacher, batch.teacher_head, batch.mask, ce_weight=0.5)
 
 
+def test_empty_masks_where_the_host_does_not_look(batch, monkeypatch):
+    monkeypatch.setattr(losses, "_leaves_out", lambda device: False)
+    nothing = torch.zeros_like(batch.mask)
+    assert ce_loss(batch.hidden, batch.head, batch.labels, nothing).isnan()
+    assert kl_loss(batch.hidden, batch.head, batch.teacher, batch.teacher_head, nothing).isnan()
+    assert not sequence_log_probability(batch.hidden, batch.head, batch.labels, nothing).any()
+
+
 # Sequences and preferences
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_sequence_log_probability(batch, chunk):
+def test_sequence_log_probability(batch, chunk, left_out):
     batch.mask[1] = False  # a row of which nothing counts
 
     def exact(hidden, head):
@@ -347,34 +362,45 @@ def test_dpo_is_trls(tmp_path):
 # Half precision
 
 
-def test_autocast(batch):
+@pytest.mark.parametrize("which", ["kl", "ce", "log-probability", "align"])
+def test_autocast(batch, which, left_out):
     """Products in bfloat16, losses and gradients of float32 leaves near the exact ones."""
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        if which == "kl":
+            teacher = batch.teacher, batch.teacher_head
+            return kl_loss(hidden, head, *teacher, batch.mask, labels=batch.labels, ce_weight=1.0, chunk=4)
+        if which == "ce":
+            return ce_loss(hidden, head, batch.labels, batch.mask, 4)
+        if which == "log-probability":
+            return sequence_log_probability(hidden, head, batch.labels, batch.mask, 4).mean()
+        return align_loss(hidden @ head.T, torch.ones(B, L, V))
 
     def run(autocast: bool) -> list[Tensor]:
         hidden, head = batch.hidden.clone().requires_grad_(), batch.head.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            total = (
-                kl_loss(
-                    hidden,
-                    head,
-                    batch.teacher,
-                    batch.teacher_head,
-                    batch.mask,
-                    labels=batch.labels,
-                    ce_weight=1.0,
-                    chunk=4,
-                )
-                + ce_loss(hidden, head, batch.labels, batch.mask, 4)
-                - sequence_log_probability(hidden, head, batch.labels, batch.mask, 4).mean()
-                + align_loss(hidden, batch.hidden + 1)
-            )
-        total.backward()
-        assert total.dtype == hidden.grad.dtype == head.grad.dtype == torch.float32
-        return [total.detach(), hidden.grad, head.grad]
+            value = loss(hidden, head)
+        value.backward()
+        assert value.dtype == hidden.grad.dtype == head.grad.dtype == torch.float32
+        return [value.detach(), hidden.grad, head.grad]
 
     for low, exact in zip(run(True), run(False), strict=True):
         assert not torch.equal(low, exact)
         assert (low - exact).norm() / exact.norm() < 2e-2
+
+
+def test_the_heads_gradient_is_summed_in_float32():
+    """Over 2048 chunks, at no more than the rounding of each product."""
+    hidden, labels, mask = draw(1, 2048, 4), torch.zeros(1, 2048, dtype=torch.long), torch.ones(1, 2048, dtype=bool)
+
+    def gradient(chunk: int) -> Tensor:
+        head = draw(3, 4, seed=1).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            ce_loss(hidden, head, labels, mask, chunk).backward()
+        return head.grad
+
+    one, many = gradient(2048), gradient(1)
+    assert (many - one).norm() / one.norm() < 5e-3
 
 
 def test_half_precision_teacher_beside_a_float32_student(batch):
@@ -382,3 +408,63 @@ def test_half_precision_teacher_beside_a_float32_student(batch):
     value = kl_loss(batch.hidden, batch.head, *low, batch.mask)
     exact = kl_loss(batch.hidden, batch.head, batch.teacher, batch.teacher_head, batch.mask)
     assert value.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_without_waiting_for_it():
+    """KL, CE and log-probabilities with a vocabulary of 49152 against float64; the host never waits."""
+    tokens, width, vocabulary = (2, 300), 576, 49152
+    hidden, taught = (draw(*tokens, width, seed=seed).cuda() for seed in (1, 2))
+    taught = (hidden + 0.3 * taught).bfloat16()
+    head = (0.05 * draw(vocabulary, width, seed=3)).cuda()
+    labels = torch.randint(vocabulary, tokens, generator=torch.Generator().manual_seed(4)).cuda()
+    mask = (torch.rand(tokens, generator=torch.Generator().manual_seed(5)) < 0.6).cuda()
+
+    def ours(hidden, head):
+        with torch.autocast("cuda", torch.bfloat16):
+            return (
+                kl_loss(hidden, head, taught, head.detach().bfloat16(), mask, labels=labels, ce_weight=0.1, chunk=256)
+                + ce_loss(hidden, head, labels, mask, 256)
+                - sequence_log_probability(hidden, head, labels, mask, 256).sum() / 300
+            )
+
+    def exact(hidden, head):
+        student, teacher = hidden @ head.T, taught.double() @ head.detach().bfloat16().double().T
+        nll = -log_softmax(student, -1).gather(2, labels[..., None])[..., 0]
+        kl = exact_divergence(student, teacher, "forward", 1.0)
+        return ((kl + 1.1 * nll) * mask).sum() / mask.sum() + (nll * mask).sum() / 300
+
+    low, high = (
+        [t.clone().to(dtype).requires_grad_() for t in (hidden, head)] for dtype in (torch.float32, torch.float64)
+    )
+    ours(*low).backward()  # compiles
+    for leaf in low:
+        leaf.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value = ours(*low)
+        value.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wanted = exact(*high)
+    wanted.backward()
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-2)
+    for a, b in zip(low, high, strict=True):
+        assert (a.grad - b.grad).norm() / b.grad.norm() < 2e-2
+
+
+@pytest.mark.gpu
+def test_memory_of_a_step():
+    """16384 tokens, 49152 words: less than 2 GB beyond what goes in and comes out."""
+    hidden = torch.randn(32, 512, 576, device="cuda", requires_grad=True)
+    head = torch.randn(49152, 576, device="cuda").mul_(0.05).requires_grad_()
+    mask = torch.ones(32, 512, dtype=torch.bool, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = kl_loss(hidden, head, hidden.detach().bfloat16(), head.detach().bfloat16(), mask)
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 2e9
