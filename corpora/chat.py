@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,33 +52,42 @@ def opening(tokenizer: Any) -> str:
 
 def turn_end(tokenizer: Any) -> str:
     """What ends a reply: the text after it up to and with the first special token; without one, all that follows."""
-    return _Template(tokenizer).end
+    return Template(tokenizer).end
 
 
 def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
     """The special token that ends a reply, as a tuple of one id; empty if the template ends replies by plain text."""
     ids = tokenizer(turn_end(tokenizer), add_special_tokens=False)["input_ids"]
-    return tuple(ids[-1:]) if ids and ids[-1] in _special_ids(tokenizer) else ()
+    return tuple(ids[-1:]) if ids and ids[-1] in special_ids(tokenizer) else ()
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Tokens that stand for no text."""
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def conversation_text(tokenizer: Any, conversation: Conversation) -> str:
     """The whole conversation as text; an incomplete last message stays open (no end-of-turn token)."""
-    return _Template(tokenizer).spans(conversation)[0]
+    return Template(tokenizer).rendered(conversation).text
 
 
 def tokenize(
     tokenizer: Any, conversations: Sequence[Conversation], batch: int = 256
 ) -> Iterator[TokenizedConversation]:
     """Tokens and reply mask of each conversation ({"id", "messages", "complete"}), in order."""
-    template = _Template(tokenizer)
+    template = Template(tokenizer)
     for at in range(0, len(conversations), batch):
-        rendered = [template.spans(c) for c in conversations[at : at + batch]]
-        encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
-        for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True):
-            yield TokenizedConversation(np.array(ids, np.uint32), _in_spans(np.array(offsets).reshape(-1, 2), spans))
+        yield from template.tokenized([template.rendered(c) for c in conversations[at : at + batch]])
 
 
-class _Template:
+class Rendered(NamedTuple):
+    """A conversation as text, and the [start, end) characters of every reply, its end-of-turn token included."""
+
+    text: str
+    replies: list[tuple[int, int]]
+
+
+class Template:
     """A tokenizer's template with what ends its replies, found once."""
 
     def __init__(self, tokenizer: Any):
@@ -87,8 +96,16 @@ class _Template:
         self.after_reply = text[_position(text, _SENTINEL) + len(_SENTINEL) :]
         self.end = _up_to_special(tokenizer, self.after_reply)
 
-    def spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The text and the [start, end) characters of every reply, its end-of-turn token included."""
+    def tokenized(self, rendered: Sequence[Rendered]) -> list[TokenizedConversation]:
+        """Tokens and reply mask of each, in one call of the tokenizer, which uses all cores."""
+        encoded = self.tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            TokenizedConversation(np.array(ids, np.uint32), _in_spans(np.array(offsets).reshape(-1, 2), r.replies))
+            for ids, offsets, r in zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+        ]
+
+    def rendered(self, conversation: Conversation) -> Rendered:
+        """An incomplete last message stays open (no end-of-turn token)."""
         messages = conversation["messages"]
         is_open = not conversation.get("complete", True)
         name = conversation.get("id", "?")
@@ -108,7 +125,7 @@ class _Template:
                     f"not by {self.after_reply!r} as elsewhere; such a template cannot be masked"
                 )
             spans.append((start, len(turn) - len(self.after_reply) + len(self.end)))
-        return text, spans
+        return Rendered(text, spans)
 
     def _open(self, messages: Sequence[Message], name: str) -> str:
         last = messages[-1]
@@ -150,10 +167,6 @@ def _position(text: str, sentinel: str) -> int:
     if text.count(sentinel) != 1:
         raise ChatTemplateError(f"the chat template shows a message {text.count(sentinel)} times; it must show it once")
     return text.index(sentinel)
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _up_to_special(tokenizer: Any, text: str) -> str:

@@ -41,10 +41,14 @@ class Batch:
 
 
 class PackedBlocks:
-    """Endless batches of a shard in blocks of `seq_len`; each epoch shuffles the documents anew from (seed, epoch)."""
+    """Endless batches of a shard in blocks of `seq_len`; each epoch shuffles the documents anew from (seed, epoch).
 
-    def __init__(self, shard: Shard, seq_len: int, seed: int):
-        self.shard, self.seq_len, self.seed = shard, seq_len, seed
+    cut_once: the blocks of the first epoch are those of all; later epochs shuffle blocks, not documents, so that what
+    is known of a block stays true.
+    """
+
+    def __init__(self, shard: Shard, seq_len: int, seed: int, cut_once: bool = False):
+        self.shard, self.seq_len, self.seed, self.cut_once = shard, seq_len, seed, cut_once
         self.blocks_per_epoch = len(shard.tokens) // seq_len
         if not self.blocks_per_epoch:
             raise ShardError(
@@ -55,15 +59,25 @@ class PackedBlocks:
 
     def batch(self, step: int, batch_size: int) -> Batch:
         """The batch of optimiser step `step` (from 0): blocks step·B … step·B + B − 1 of the endless stream."""
-        numbers = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs = numbers // self.blocks_per_epoch
-        parts = [self._blocks(int(e), numbers[epochs == e] % self.blocks_per_epoch) for e in np.unique(epochs)]
+        epochs, places = self.places(step, batch_size)
+        cuts = np.zeros_like(epochs) if self.cut_once else epochs
+        parts = [self._blocks(int(e), places[cuts == e]) for e in np.unique(cuts)]
         joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
         tokens, targets, seq_idx, loss_mask, assistant, assistant_loss, documents = joined
         order = documents.ravel()
         appearing = order[np.sort(np.unique(order, return_index=True)[1])]
         ids = tuple(str(i) for i in self.shard.ids[appearing])
         return Batch(tokens, targets, seq_idx, loss_mask, assistant, assistant_loss, ids, int(epochs[0]))
+
+    def places(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch (B,) of each block of the batch, and which block (B,) of that epoch it is; of the first, if blocks are
+        cut once."""
+        epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), self.blocks_per_epoch)
+        if self.cut_once:
+            for epoch in np.unique(epochs[epochs > 0]):
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.blocks_per_epoch)
+                places[epochs == epoch] = order[places[epochs == epoch]]
+        return epochs, places
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of documents (n,) and where each begins in the epoch's stream, with its end (n+1,)."""

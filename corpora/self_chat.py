@@ -58,7 +58,8 @@ class TurnParser:
         opening, rest = text.split(_USER)
         to_reply, rest = rest.split(_REPLY)
         to_user, _ = rest.split(_NEXT)
-        self.tokenizer, self.opening, self.end = tokenizer, opening, chat.turn_end(tokenizer)
+        self.template = chat.Template(tokenizer)
+        self.opening, self.end = opening, self.template.end
         self.separators = {"user": to_reply, "assistant": to_user}
         if not self.end or not all(s.startswith(self.end) for s in self.separators.values()):
             raise chat.ChatTemplateError(
@@ -66,10 +67,6 @@ class TurnParser:
             )
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self.special = [s for s in special if s] or [self.end]
-
-    def render(self, parsed: tuple[list[dict[str, str]], bool]) -> str:
-        """The template's text of what `parse` gave."""
-        return chat.conversation_text(self.tokenizer, {"messages": parsed[0], "complete": parsed[1]})
 
     def parse(self, text: str) -> tuple[list[dict[str, str]], bool] | None:
         """(messages, complete) of what follows the opening, or None if it is malformed.
@@ -114,7 +111,27 @@ def sample(
     batch_size: int,
     tally: Tally | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Conversation records, with `seed` and `index` (number of the draw); malformed draws are dropped and counted.
+    """The records of `sample_tokenized`, which see."""
+    drawn = sample_tokenized(
+        generate, model, tokenizer, conversations, sampler, seed=seed, batch_size=batch_size, tally=tally
+    )
+    for record, _ in drawn:
+        yield record
+
+
+def sample_tokenized(
+    generate: Generate,
+    model: Any,
+    tokenizer: Any,
+    conversations: int,
+    sampler: Sampler,
+    *,
+    seed: int,
+    batch_size: int,
+    tally: Tally | None = None,
+) -> Iterator[tuple[dict[str, Any], chat.TokenizedConversation]]:
+    """Conversation records, with `seed` and `index` (number of the draw), and their tokens as `chat.tokenize` gives
+    them; malformed draws are dropped and counted.
 
     generate: `hybrid.generate.generate`, or a `Generator`, which does not start anew for each batch. Draws go on until
     `conversations` are kept; ten barren batches stop it. Each batch has a seed of its own from (seed, number of the
@@ -129,7 +146,8 @@ def sample(
         )
     batch, barren = 0, 0
     while tally.kept < conversations:
-        records = []
+        records: list[dict[str, Any]] = []
+        rendered: list[chat.Rendered] = []
         batch_seed = int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
         replies = generate(
             model,
@@ -144,17 +162,20 @@ def sample(
         for row, text in enumerate(tokenizer.batch_decode(replies, skip_special_tokens=False)):
             if tally.kept == conversations:
                 break
-            parsed = parser.parse(text)
-            rendered = parser.render(parsed) if parsed else ""
-            if parsed is None or not _same_start(rendered, parser.opening + text):
-                tally.dropped += 1
-            else:
-                tally.kept += 1
-                tally.tokens += len(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-                index = batch * batch_size + row
-                named = {"id": f"selfchat-{seed}-{index:06d}", "messages": parsed[0], "complete": parsed[1]}
-                records.append({**named, "seed": seed, "index": index})
-        yield from records  # after the whole batch, so that the tally is right for whoever shows progress
+            index = batch * batch_size + row
+            if parsed := parser.parse(text):
+                record = {"id": f"selfchat-{seed}-{index:06d}", "messages": parsed[0], "complete": parsed[1]}
+                made = parser.template.rendered(record)
+                if _same_start(made.text, parser.opening + text):
+                    tally.kept += 1
+                    records.append({**record, "seed": seed, "index": index})
+                    rendered.append(made)
+                    continue
+            tally.dropped += 1
+        tokenized = parser.template.tokenized(rendered) if rendered else []
+        tally.tokens += sum(len(t.tokens) for t in tokenized)
+        # After the whole batch, so that the tally is right for whoever shows progress.
+        yield from zip(records, tokenized, strict=True)
         batch += 1
         barren = 0 if records else barren + 1
         if barren == 10:

@@ -43,6 +43,12 @@ class Shard:
         assistant = np.zeros(len(tokens), bool) if masks is None else np.concatenate([np.zeros(0, bool), *masks])
         return cls(tokens, starts, assistant, np.array(list(ids), dtype=np.str_))
 
+    def with_replies(self) -> Shard:
+        """The documents that hold a reply: those that there is something to learn from where replies alone count."""
+        kept = [i for i in range(len(self)) if self.assistant[self.starts[i] : self.starts[i + 1]].any()]
+        masks = [self.assistant[self.starts[i] : self.starts[i + 1]] for i in kept]
+        return Shard.of([self.document(i) for i in kept], [str(self.ids[i]) for i in kept], masks)
+
     def save(self, path: Path) -> None:
         """Write an .npz whose bytes depend on the contents alone."""
         np.savez(path, tokens=self.tokens, starts=self.starts, assistant=self.assistant, ids=self.ids)

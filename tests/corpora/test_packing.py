@@ -69,6 +69,22 @@ def test_a_batch_over_an_epochs_end_takes_both_shuffles(shard):
     assert (packed.batch(1, 8).tokens != packed.batch(0, 8).tokens).any()
 
 
+def test_blocks_that_are_cut_once_come_in_another_order_later(shard):
+    once, anew = (PackedBlocks(shard, 8, seed=2, cut_once=cut) for cut in (True, False))
+    first = once.batch(0, 8)
+    assert once.blocks_per_epoch == 8 and (first.tokens == anew.batch(0, 8).tokens).all()
+    orders = [once.places(epoch, 8)[1].tolist() for epoch in (0, 1, 2)]
+    assert orders[0] == list(range(8)) == sorted(orders[1]) == sorted(orders[2])
+    assert len({tuple(order) for order in orders}) == 3
+    for epoch in (1, 2):
+        batch = once.batch(epoch, 8)
+        assert batch.epoch == epoch
+        for name in ("tokens", "targets", "seq_idx", "loss_mask", "assistant", "assistant_loss"):
+            assert (getattr(batch, name) == getattr(first, name)[orders[epoch]]).all(), name
+    both = once.batch(1, 5)
+    assert (both.tokens == first.tokens[[5, 6, 7, *orders[1][:2]]]).all() and both.epoch == 0
+
+
 def test_empty_documents_do_no_harm():
     shard = shard_of([4, 0, 0, 5, 0, 7])
     batch = PackedBlocks(shard, 4, seed=0).batch(0, 4)
