@@ -97,9 +97,10 @@ def live(step_function):
 class DistillFlow(FlowSpec):
     """Distil a Transformer into hybrids of attention and Mamba-2 layers, and report what was kept.
 
-    teacher → corpus → for each variant: init_from_attention → align → kl_distill → sft → dpo → benchmark, and beside it
-    draft → speculative_profile → report. The method is that of "The Mamba in the Llama" (arXiv 2408.15237); every stage
-    is kept under a key of all that it depends on and is run only if nothing is stored under that key.
+    teacher → corpus → layer_scores → for each variant: init_from_attention → align → kl_distill → sft → dpo →
+    benchmark, and beside it draft → speculative_profile → report. The method is that of "The Mamba in the Llama" (arXiv
+    2408.15237); every stage is kept under a key of all that it depends on and is run only if nothing is stored under
+    that key.
     """
 
     config = Config(
@@ -134,6 +135,14 @@ class DistillFlow(FlowSpec):
     def corpus(self):
         """Collect the teacher's own conversations and other sources as token shards: train and held out."""
         self._stage("corpus")
+        self.next(self.layer_scores)
+
+    @declared("layer_scores")
+    @live
+    @step
+    def layer_scores(self):
+        """Rank the layers by how much their attention is needed; off where ratios interleave."""
+        self._stage("layer_scores")
         self.next(self.benchmark_teacher)
 
     @declared("benchmark_teacher")
@@ -148,7 +157,11 @@ class DistillFlow(FlowSpec):
     @declared("init_from_attention")
     @step
     def init_from_attention(self):
-        """Replace chosen attention layers by Mamba-2 mixers that start from them: q → C, k → B, v → x, o → out_proj."""
+        """Replace chosen attention layers by Mamba-2 mixers that start from them: q → C, k → B, v → x, o → out_proj.
+
+        They are the teacher's, or, of a variant with `from`, those of another variant's student: where that is not
+        stored yet, this step makes it or waits until its own branch has.
+        """
         self.variant = self.input
         self._stage("init_from_attention")
         self.next(self.align)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hybrid.init_map import new_mixers
 from hybrid.model import HybridForCausalLM
 
 
@@ -23,11 +24,13 @@ def calibrate_out_proj(
     ridge: float,
     autocast: torch.dtype | None = None,
 ) -> dict[int, float]:
-    """Replace out_proj of every mixer; returns layer → ‖F Wᵀ − O‖² / ‖O‖² on the same tokens.
+    """Replace out_proj of every mixer that stands where `teacher` has attention; returns layer → ‖F Wᵀ − O‖² / ‖O‖² on
+    the same tokens.
 
-    batches: (tokens, seq_idx), both (B, L). ridge: λ as a fraction of the mean diagonal of FᵀF.
+    teacher: the model whose attention was replaced, an earlier student too. batches: (tokens, seq_idx), both (B, L).
+    ridge: λ as a fraction of the mean diagonal of FᵀF.
     """
-    layers = student.config.mamba_layers
+    layers = new_mixers(teacher, student)
     d_inner, d_model = student.config.d_inner, student.config.d_model
     device = student.device
     gram = {i: torch.zeros(d_inner, d_inner, device=device) for i in layers}

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from hybrid.model import HybridForCausalLM
 
 
@@ -13,7 +15,8 @@ from hybrid.model import HybridForCausalLM
 def compiled_blocks(*models: HybridForCausalLM) -> Iterator[None]:
     """Inside, the blocks of models on CUDA run compiled; elsewhere nothing changes.
 
-    For passes that are all of one shape: a new shape costs seconds of compilation.
+    For passes that are all of one shape: a new shape costs seconds of compilation. Compiled code is dropped at the end,
+    lest the next models of the process meet the compiler's limit of forms.
     """
     on_cuda = [model for model in models if model.device.type == "cuda"]
     for model in on_cuda:
@@ -25,6 +28,8 @@ def compiled_blocks(*models: HybridForCausalLM) -> Iterator[None]:
             model.blocks_compiled = False
             for block in model.blocks:
                 block._compiled_call_impl = None
+        if on_cuda:
+            torch.compiler.reset()
 
 
 def compile_blocks(model: HybridForCausalLM, **options: Any) -> None:

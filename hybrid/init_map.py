@@ -1,7 +1,7 @@
 """From attention to Mamba: the one map q→C, k→B, v→x, o→out_proj (2408.15237 §2.2, Algorithm 1).
 
 Everything that attention does not have (gate z, convolution, dt, A, D, norm) is drawn as the method says; everything
-that is no mixer (embeddings, MLP, norms, kept attention) is the teacher's own.
+else (embeddings, MLP, norms, kept attention, mixers of an earlier student) is carried over as it is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def in_proj_rows(config: HybridConfig) -> dict[str, slice]:
 
 
 def from_attention(
-    teacher: HybridForCausalLM,
+    base: HybridForCausalLM,
     attention_layers: tuple[int, ...],
     method: Method = "copy",
     *,
@@ -47,34 +47,55 @@ def from_attention(
     a_max: float = 64.0,
     seed: int = 0,
 ) -> HybridForCausalLM:
-    """A student with mixers in all layers but `attention_layers`; shares no tensor with the teacher.
+    """A student with mixers in all layers but `attention_layers`; shares no tensor with `base`.
+
+    base: the teacher, or a student that keeps more attention: its mixers and all else stay as they were trained, and
+    new mixers are made of its own attention, as the released code does from one ratio to the next (there embeddings,
+    final norm and head fall back to the teacher's). Raises ValueError if `base` lacks attention that is to be kept, or
+    if its mixers were made by a method of another form.
 
     `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU on x, B, C, A ~ U(1, 16), as the released
     code. `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times
     gate_scale, A spread geometrically over [a_min, a_max]. In both dt_bias puts dt log-uniform in [1e-3, 0.1]. Mixers
     are float32.
     """
+    missing = sorted(set(attention_layers) - set(base.config.attention_layers))
+    if missing:
+        raise ValueError(
+            f"attention of layers {missing} is to be kept, but they have none; "
+            f"choose among layers {list(base.config.attention_layers)}"
+        )
     config = replace(
-        teacher.config,
+        base.config,
         attention_layers=tuple(attention_layers),
         conv_silu=method == "paper",
         proj_bias=method != "paper",
     )
+    if base.config.mamba_layers and replace(config, attention_layers=base.config.attention_layers) != base.config:
+        raise ValueError(
+            f"method {method!r} makes mixers of another form than those that are carried over: "
+            "variants that continue from one another need one init_from_attention.method, `paper` or another"
+        )
     with torch.device("meta"):
         student = HybridForCausalLM(config)
-    shared = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+    shared = {name: p.detach().clone() for name, p in base.named_parameters()}
     names = {name for name, _ in student.named_parameters()}
     student.load_state_dict({n: p for n, p in shared.items() if n in names}, strict=False, assign=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in config.mamba_layers:
+        for layer in new_mixers(base, student):
             mixer = Mamba2Mixer(config)
             _init_new_parts(mixer, config, method, gate_bias, gate_scale, a_min, a_max)
-            copy_projections(teacher.blocks[layer].self_attn, mixer)
-            student.blocks[layer].mamba = mixer.to(teacher.device)
-    student.inv_freq = teacher.inv_freq.clone()
-    verify(teacher, student)
+            copy_projections(base.blocks[layer].self_attn, mixer)
+            student.blocks[layer].mamba = mixer.to(base.device)
+    student.inv_freq = base.inv_freq.clone()
+    verify(base, student)
     return student.requires_grad_(False).eval()
+
+
+def new_mixers(base: HybridForCausalLM, student: HybridForCausalLM) -> tuple[int, ...]:
+    """Layers whose attention in `base` became a mixer in the student."""
+    return tuple(i for i in student.config.mamba_layers if i in base.config.attention_layers)
 
 
 @torch.no_grad()
@@ -85,11 +106,20 @@ def copy_projections(attention: Attention, mixer: Mamba2Mixer) -> None:
     mixer.out_proj.weight.copy_(attention.o_proj.weight)
 
 
-def verify(teacher: HybridForCausalLM, student: HybridForCausalLM) -> None:
+@torch.no_grad()
+def scale_out_proj(base: HybridForCausalLM, student: HybridForCausalLM, factor: float) -> None:
+    """Multiply out_proj of the new mixers: with a small factor their blocks start near x + mlp(norm(x)), and with them
+    the residual stream near the identity (the principle of 2003.04887, which scales every branch by 0 at first)."""
+    for layer in new_mixers(base, student):
+        student.blocks[layer].mamba.out_proj.weight.mul_(factor)
+
+
+def verify(base: HybridForCausalLM, student: HybridForCausalLM) -> None:
     """Raises RuntimeError unless every copied weight equals its source: a silent miss has cost others whole runs."""
     rows = in_proj_rows(student.config)
-    for layer in student.config.mamba_layers:
-        attention, mixer = teacher.blocks[layer].self_attn, student.blocks[layer].mamba
+    made = new_mixers(base, student)
+    for layer in made:
+        attention, mixer = base.blocks[layer].self_attn, student.blocks[layer].mamba
         for source, copied in (
             (attention.q_proj.weight, mixer.in_proj.weight[rows["C"]]),
             (attention.k_proj.weight, mixer.in_proj.weight[rows["B"]]),
@@ -100,10 +130,11 @@ def verify(teacher: HybridForCausalLM, student: HybridForCausalLM) -> None:
                 raise RuntimeError(
                     f"layer {layer}: a projection of the mixer differs from the attention it was copied from"
                 )
-    theirs = dict(teacher.named_parameters())
+    theirs = dict(base.named_parameters())
+    new = tuple(f"model.layers.{layer}.mamba." for layer in made)
     for name, ours in student.named_parameters():
-        if ".mamba." not in name and not torch.equal(theirs[name], ours):
-            raise RuntimeError(f"{name} differs from the teacher's")
+        if not name.startswith(new) and not torch.equal(theirs[name], ours):
+            raise RuntimeError(f"{name} differs from what it was copied from")
 
 
 @torch.no_grad()

@@ -173,7 +173,8 @@ class HybridForCausalLM(nn.Module):
 
         Blocks behind the last of `layers` are not run.
         """
-        positions = _positions(seq_idx, *tokens.shape, tokens.device)
+        batch, length = tokens.shape
+        positions = _positions(seq_idx, batch, length, tokens.device)
         mask, x = self._packed_mask(seq_idx), self._embedded(tokens)
         rope = rope_tables(self.inv_freq, positions, x.dtype)
         seen: dict[int, tuple[Tensor, Tensor]] = {}

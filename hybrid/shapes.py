@@ -41,6 +41,27 @@ SHAPES = {
         tie_word_embeddings=True,
         attention_layers=attention_layers("1", 30),
     ),
+    # Llama-3.2-1B, as it is.
+    "1b": HybridConfig(
+        vocab_size=128256,
+        d_model=2048,
+        n_layers=16,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=64,
+        intermediate_size=8192,
+        max_position_embeddings=131072,
+        rope={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        tie_word_embeddings=True,
+        attention_layers=attention_layers("1", 16),
+    ),
     "tiny": HybridConfig(
         vocab_size=256,
         d_model=64,

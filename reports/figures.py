@@ -27,6 +27,7 @@ def draw(twin: Mapping[str, Any]) -> dict[str, Any]:
         "strips": {v["name"]: _strip(v, i) for i, v in enumerate(variants)},
         "forests": _forests(variants),
         "quality": [c for c in (_quality(variants, "kl"), _quality(variants, "top1")) if c],
+        "layer_scores": _layer_scores(twin["layer_scores"]),
         "layers": _layers(variants),
         "curves": [c for stage in LOSS_UNITS if (c := _curves(variants, stage))],
         "memory": _memory(twin),
@@ -105,6 +106,19 @@ def _quality(variants: Sequence[Mapping[str, Any]], field: str) -> Markup | None
         return line_chart("KL to the teacher after each stage", series, x, Axis("KL, nats per token", log=True))
     y = Axis("top-1 agreement", include=(0.0, 1.0), show=lambda share: f"{100 * share:.0f} %")
     return line_chart("Top-1 agreement with the teacher after each stage", series, x, y)
+
+
+def _layer_scores(scores: Mapping[str, Any] | None) -> Markup | None:
+    if scores is None:
+        return None
+    marks = []
+    for s in sorted(scores["layers"], key=lambda s: s["layer"]):
+        score, error = s["score"], s["se"]
+        low, high = (None, None) if error is None else (score - Z95 * error, score + Z95 * error)
+        marks.append(Point(s["layer"], score, low, high, f"layer {s['layer']}: {number(score)}"))
+    y = Axis(scores["unit"], include=(0.0,))
+    title = f"What the attention of each layer is worth, by {scores['method']}, with 95 % intervals"
+    return line_chart(title, [Series("score", 0, marks)], Axis("layer"), y, width=960)
 
 
 def _layers(variants: Sequence[Mapping[str, Any]]) -> Markup | None:

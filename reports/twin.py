@@ -30,6 +30,7 @@ SPECULATION = (
 PHASES = ("draft", "verify", "accept", "other", "round")
 CACHE = ("kv", "ssm", "conv", "ring")
 IDENTITY = ("exact", "near_tie", "wrong", "largest_gap")
+LAYER_SCORES = ("method", "rounds", "unit", "start", "texts", "tokens", "layers")
 DRAFT = ("kind", "parameters", "steps", "tokens", "loss_first", "loss_last", "text", "start", "held_out")
 
 Interval = Callable[[float, int], tuple[float, float]]
@@ -45,6 +46,7 @@ def build_twin(data: RunData, title: str, samples: int, interval: Interval | Non
         "title": title,
         "run": _run(data.lineage, stages),
         "teacher": {"name": teacher_name(data.lineage), "benchmark": teacher},
+        "layer_scores": _layer_scores(stages),
         "variants": [_variant(name, data, stages, teacher, interval) for name in data.variants],
         "samples": _samples(data, samples),
         "lineage": [{k: v for k, v in s.items() if k != "config"} | {"summary": _brief(s["summary"])} for s in stages],
@@ -112,6 +114,12 @@ def _brief(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in summary.items() if isinstance(v, int | float | str | bool) or v is None}
 
 
+def _layer_scores(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the choice of layers by score was made by; None where they interleave or are listed."""
+    summary: Mapping[str, Any] = next((s["summary"] for s in stages if s["stage"] == "layer_scores"), {})
+    return _named(summary, LAYER_SCORES) if summary.get("layers") else None
+
+
 def _variant(
     name: str,
     data: RunData,
@@ -131,6 +139,7 @@ def _variant(
         "replaced_layers": replaced,
         "layers": len(attention) + len(replaced),
         "method": init.get("method"),
+        "layer_choice": (init.get("layer_choice") or {}).get("method"),
         "starts": [
             {"method": m, "kl": v.get("kl"), "top1": v.get("top1")} for m, v in (init.get("start") or {}).items()
         ],

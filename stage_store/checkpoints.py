@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 META = "meta.json"
+WORK = "work"
 
 
 class Checkpoints:
@@ -78,6 +79,14 @@ class Checkpoints:
             self._backend.remove_tree(f"{self._prefix}/{_name(step)}")
         return None
 
+    def work(self) -> Path:
+        """A local folder for what is costly to make again: it outlives a crash and ends with the checkpoints, but stays
+        on this machine and unchecked."""
+        folder = self._folder / WORK
+        with os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def clear(self) -> None:
         self._backend.remove_tree(self._prefix)
 
@@ -116,7 +125,7 @@ class Checkpoints:
         kept = sorted(step for step in self._steps_here() if step <= newest)[-self.KEEP :]
         names = {path.split("/")[0] for path in self._backend.walk(self._prefix)}
         names |= {path.name for path in self._folder.iterdir()}
-        for name in names - {_name(step) for step in kept}:
+        for name in names - {_name(step) for step in kept} - {WORK}:
             self._backend.remove_tree(f"{self._prefix}/{name}")
 
 

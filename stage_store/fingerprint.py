@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -71,17 +72,24 @@ def code_modules(module: str, root: Path, first_party: tuple[str, ...]) -> dict[
         source = _source(root, name)
         if name in found or source is None or name.split(".")[0] not in first_party:
             continue  # `from steps.loop import train` also asks for a module `steps.loop.train`: there is none
-        tree = ast.parse(source.read_bytes(), filename=str(source))
-        found[name] = hashlib.sha256(_dump(tree).encode()).hexdigest()
         package = name if source.name == "__init__.py" else name.rpartition(".")[0]
+        found[name], imported = _parsed(source.read_bytes(), str(source), package)
         waiting += _parents(name)
-        waiting += _imports(tree, package)
+        waiting += imported
     for package in {name.split(".")[0] for name in found} & DATA_FILES.keys():
         for path in sorted((root / package).rglob("*")):
             inside = path.relative_to(root)
             if path.name.endswith(DATA_FILES[package]) and not _GENERATED & set(inside.parts):
                 found[inside.as_posix()] = sha256_file(path)
     return dict(sorted(found.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: bytes, filename: str, package: str) -> tuple[str, tuple[str, ...]]:
+    """sha256 (hex) of a module's syntax tree, and what it may import. Kept by its text: the stages of a plan reach the
+    same modules again and again."""
+    tree = ast.parse(text, filename=filename)
+    return hashlib.sha256(_dump(tree).encode()).hexdigest(), tuple(_imports(tree, package))
 
 
 def _source(root: Path, module: str) -> Path | None:

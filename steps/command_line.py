@@ -90,11 +90,17 @@ def stop_when_told() -> None:
 
 def stop_with_scheduler() -> None:
     """A task: killed by the kernel when its scheduler is gone, however that ended; else it would hold the device."""
-    if sys.platform != "linux" or SCHEDULER_PID not in os.environ:
+    if SCHEDULER_PID in os.environ:
+        end_with(int(os.environ[SCHEDULER_PID]))
+
+
+def end_with(parent: int) -> None:
+    """This process is killed by the kernel when its parent, which `parent` names, is gone."""
+    if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[SCHEDULER_PID]):
-        sys.exit("the scheduler is gone")
+    if os.getppid() != parent:
+        sys.exit(f"process {parent}, which started this one, is gone")
 
 
 def _read(option: str, name: str, value: str) -> config.Config:

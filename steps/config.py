@@ -22,7 +22,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 # Attention kept, as the paper names its ratios; `hybrid.layers.attention_layers` turns one into layer numbers.
-AttentionRatio = Literal["1", "1/2", "1/4", "1/8", "0"]
+AttentionRatio = Literal["1", "3/4", "1/2", "1/4", "1/8", "0"]
 # 0 and 1 without quotes are numbers in TOML and mean the same.
 Attention = Annotated[
     AttentionRatio | list[NonNegativeInt], BeforeValidator(lambda value: str(value) if type(value) is int else value)
@@ -57,6 +57,33 @@ class SelfChatConfig(Model):
     batch_size: PositiveInt = 64
 
 
+class FreeTextConfig(Model):
+    """Documents sampled from the teacher itself that are no conversations, from the token that documents begin with."""
+
+    documents: NonNegativeInt = 0
+    """Different documents, held-out ones included; 0 samples none."""
+    held_out_documents: NonNegativeInt = 0
+    """So many of them are kept from training, in held_out_text.npz."""
+    max_tokens: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a document, the first included."""
+    temperature: float = Field(default=1.0, gt=0.0, le=4.0)
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
+    top_k: NonNegativeInt = 0
+    """0 keeps the whole vocabulary."""
+    batch_size: PositiveInt = 64
+    start_token: str = ""
+    """As text, `<|endoftext|>` for example. Empty: what the tokenizer puts before plain text, else its first of bos,
+    eos, unk and pad that the chat template does not write."""
+
+    @model_validator(mode="after")
+    def _some_stay_to_train_on(self) -> FreeTextConfig:
+        if self.held_out_documents and self.held_out_documents >= self.documents:
+            raise ValueError(
+                f"held_out_documents {self.held_out_documents} must be fewer than documents {self.documents}"
+            )
+        return self
+
+
 class CorpusConfig(Model):
     """Token shards for training and for held-out measurement."""
 
@@ -64,6 +91,14 @@ class CorpusConfig(Model):
     """JSONL of conversations: `file:path`, `s3://bucket/key`, `hf:org/name@rev?split=train&column=messages`."""
     self_chat: SelfChatConfig = SelfChatConfig()
     """Conversations to generate besides the sources; 0 generates none."""
+    free_text: FreeTextConfig = FreeTextConfig()
+    """Documents to generate besides the conversations; 0 generates none."""
+    texts: list[str] = []
+    """Plain documents to train on besides the conversations: sources as `natural_text`, and never the same ones."""
+    texts_max_tokens: NonNegativeInt = 0
+    """Stop reading texts after this many tokens in all; 0 reads all."""
+    text_tokens: PositiveInt = 2048
+    """A longer text is cut into documents of so many tokens, so that shuffling mixes it with others."""
     max_tokens: NonNegativeInt = 0
     """Stop reading sources after this many tokens; 0 reads all."""
     held_out_conversations: PositiveInt = 64
@@ -73,14 +108,24 @@ class CorpusConfig(Model):
     natural_text: str = ""
     """Text that the teacher did not write, for perplexity: a `wheel:`, `file:` or `hf:` source; empty measures none."""
 
+    @model_validator(mode="after")
+    def _measured_text_is_not_trained_on(self) -> CorpusConfig:
+        if self.natural_text and self.natural_text in self.texts:
+            raise ValueError(
+                f"texts and natural_text both name {self.natural_text}: perplexity on text that was trained on says "
+                "nothing; take it out of one of them"
+            )
+        return self
+
 
 class InitConfig(Model):
     """How a Mamba-2 mixer starts from the attention that it replaces."""
 
-    method: Literal["paper", "copy", "calibrated"] = "calibrated"
+    method: Literal["paper", "copy", "near_identity", "calibrated"] = "calibrated"
     """`paper`: projections copied, all else as the released code draws it. `copy`: projections copied, convolution =
-    identity, gate held open, decays spread. `calibrated`: `copy`, then `out_proj` by ridge regression on the teacher's
-    own pass."""
+    identity, gate held open, decays spread. `near_identity`: `copy`, then `out_proj` at a hundredth, so that new mixers
+    add next to nothing at first. `calibrated`: `copy`, then `out_proj` by ridge regression on the teacher's own
+    pass."""
     gate_bias: float = Field(default=3.0, ge=0.0, le=10.0)
     """silu(z + gate_bias); ignored by `paper`."""
     gate_scale: float = Field(default=0.1, ge=0.0, le=1.0)
@@ -98,6 +143,29 @@ class InitConfig(Model):
     """Also report the KL that the `paper` initialisation of the same layers starts from."""
 
 
+class LayerScoresConfig(Model):
+    """Which layers keep their attention in variants that name a ratio; lists of layers stay as they are."""
+
+    method: Literal["interleaved", "restore", "recall"] = "interleaved"
+    """`interleaved`: the last layer of every period, and nothing is measured. `restore`: how far the KL to the teacher
+    falls when one layer of a student without attention is given its attention back. `recall`: how far the teacher's
+    loss on synthetic key-value recall rises when the attention of one layer is replaced."""
+    sequences: PositiveInt = 16
+    """Training documents (`restore`) or recall texts (`recall`) that are read."""
+    seq_len: int = Field(default=256, ge=64)
+    """`restore`: tokens read of each document."""
+    pairs: PositiveInt = 32
+    """`recall`: pairs in a text, each asked for once."""
+    rounds: PositiveInt = 1
+    """Layers are scored anew after each round, with what was chosen before in place; the number of layers makes the
+    choice fully greedy, at a cost that grows with its square."""
+    batch_size: PositiveInt = 8
+
+    @property
+    def enabled(self) -> bool:
+        return self.method != "interleaved"
+
+
 class TrainConfig(Model):
     """What every training stage has.
 
@@ -112,6 +180,8 @@ class TrainConfig(Model):
     """Learning rate of the Mamba mixers."""
     rest_lr: float = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate of everything else; 0 freezes it."""
+    frozen: list[Literal["attention", "mlp", "norms", "embeddings"]] = []
+    """Parts of everything else that stay as they are whatever rest_lr is; the LM head goes with the embeddings."""
     warmup: Fraction = 0.05
     """Fraction of the steps with linearly rising rate."""
     min_lr: Fraction = 0.1
@@ -139,7 +209,7 @@ class TrainConfig(Model):
 
 
 class AlignConfig(TrainConfig):
-    """Fit every mixer to the attention that it replaces; only mixers train, so `rest_lr` must stay 0."""
+    """Fit every new mixer to the attention that it replaces; only they train, so `rest_lr` must stay 0."""
 
     mixer_lr: float = Field(default=2e-3, ge=0.0, le=1.0)
     rest_lr: float = Field(default=0.0, ge=0.0, le=0.0)
@@ -150,12 +220,36 @@ class KLConfig(TrainConfig):
 
     loss: Literal["forward", "reverse", "jsd"] = "forward"
     temperature: float = Field(default=1.0, gt=0.0, le=20.0)
+    kl_weight: float = Field(default=1.0, gt=0.0)
+    """Weight of the token-mean divergence. The paper's code sums over the L tokens of a row: its w is w·L here."""
     ce_weight: float = Field(default=0.0, ge=0.0)
-    """Weight of the token-mean cross entropy on the data, beside 1.0 for the divergence."""
+    """Weight of the token-mean cross entropy on the data."""
+    teacher: str = Field(default="", pattern=r"^((wheel|hf|file):.+)?$")
+    """Another model to distil, a larger one for example, with the same tokenizer: a source as `teacher.source`. Empty:
+    the one that the student was made of."""
+    teacher_cache: str = "none"
+    """`none`: the teacher reads every batch. `top_k:64`: what it says of a token is computed once, before training, and
+    kept as its 64 likeliest successors and the mass of all others. `samples:64`: as 64 draws from it. Blocks are then
+    cut once; later epochs shuffle them."""
+
+    @model_validator(mode="after")
+    def _cache_is_known(self) -> KLConfig:
+        if self.teacher_cache != "none":
+            if not re.fullmatch(r"(top_k|samples):[1-9][0-9]*", self.teacher_cache):
+                raise ValueError(f"teacher_cache: given {self.teacher_cache!r}; expected none, top_k:64 or samples:64")
+            if self.loss != "forward":
+                raise ValueError(
+                    f"teacher_cache {self.teacher_cache!r} keeps what the forward divergence needs, loss is "
+                    f"{self.loss!r}: set loss to 'forward' or teacher_cache to 'none'"
+                )
+        return self
 
 
 class SFTConfig(TrainConfig):
-    """Cross entropy on assistant tokens."""
+    """Cross entropy on the data."""
+
+    tokens: Literal["assistant", "all"] = "assistant"
+    """Which tokens are scored: those of replies, or, as in the paper's code, those of questions and template too."""
 
 
 class DPOConfig(TrainConfig):
@@ -177,6 +271,7 @@ class BenchmarkConfig(Model):
     skip_positions: NonNegativeInt = 40
     """Leading positions of each conversation that are not scored: the template's opening is the same everywhere."""
     natural_tokens: NonNegativeInt = 8192
+    """Read of natural.npz, and as many of held_out_text.npz, where the corpus has them; 0 leaves both out."""
     tasks: list[Literal["hellaswag_100", "truthfulqa_mc1_100", "mmlu_dev"]] = []
     items_per_task: NonNegativeInt = 0
     """A seeded subset of this many items; 0 takes all."""
@@ -285,6 +380,12 @@ class InitStageConfig(InitConfig):
     attention: Attention = "1/2"
 
 
+class LayerScoresStageConfig(LayerScoresConfig):
+    """What the stage layer_scores is handed: its own section, and how the mixers start that it tries."""
+
+    init: InitConfig = InitConfig()
+
+
 class SpeculativeStageConfig(SpeculativeConfig):
     """What the stage speculative_profile is handed: its own section, and what it needs to know of the draft."""
 
@@ -298,24 +399,44 @@ VARIANT_SECTIONS = ("seed", "init_from_attention", "align", "kl_distill", "sft",
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 
+StudentStage = Literal["init_from_attention", "align", "kl_distill", "sft", "dpo"]
+
+
 class VariantConfig(Model):
     """One student. `set` changes leaves of its training stages only: `{ "kl_distill.steps" = 60 }`."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     attention: Attention = "1/2"
+    previous: str = Field(default="", alias="from")
+    """In TOML `from`: the variant whose student it continues from, with all of its weights; only the attention that it
+    keeps less becomes mixers. Empty: the teacher."""
+    from_stage: StudentStage = "kl_distill"
+    """Which of that variant's students: as this stage leaves it, or the nearest before it that is switched on."""
     set: dict[str, Any] = {}
+
+    @property
+    def by_ratio(self) -> bool:
+        """Whether which layers it keeps is a matter of `layer_scores`."""
+        return self.attention in ("3/4", "1/2", "1/4", "1/8")
 
 
 class Resources(Model):
-    """Declared per step through Metaflow's `@resources`; memory in MB."""
+    """Declared per step through Metaflow's `@resources`; memory in MB.
+
+    align, kl_distill, sft and dpo train on as many GPUs as they are given, the other stages on one."""
 
     gpu: NonNegativeInt = 0
     cpu: PositiveInt = 2
     memory: PositiveInt = 8192
+    processes: NonNegativeInt = 0
+    """That a training stage shares its batches among; 0: one for each GPU, and one on a CPU."""
 
 
 class ResourcesConfig(Model):
     teacher: Resources = Resources()
     corpus: Resources = Resources()
+    layer_scores: Resources = Resources()
     benchmark_teacher: Resources = Resources()
     init_from_attention: Resources = Resources()
     align: Resources = Resources()
@@ -341,6 +462,7 @@ class Config(Model):
     teacher: TeacherConfig
     corpus: CorpusConfig
     variants: dict[str, VariantConfig] = Field(min_length=1)
+    layer_scores: LayerScoresConfig = LayerScoresConfig()
     init_from_attention: InitConfig = InitConfig()
     align: AlignConfig = AlignConfig()
     kl_distill: KLConfig = KLConfig()
@@ -369,6 +491,31 @@ class Config(Model):
                 )
         return value
 
+    @field_validator("variants")
+    @classmethod
+    def _each_continues_from_another(cls, value: dict[str, VariantConfig]) -> dict[str, VariantConfig]:
+        for name, variant in value.items():
+            if variant.previous and variant.previous not in value:
+                raise ValueError(f"{name}.from: given {variant.previous!r}; expected one of {', '.join(value)}")
+            chain = [name]
+            while before := value[chain[-1]].previous:
+                if before in chain:
+                    raise ValueError(f"{name}.from: goes in a circle: {' from '.join([*chain, before])}")
+                if before not in value:
+                    break
+                chain.append(before)
+            if variant.previous and _keeps_more(variant.attention, value[variant.previous].attention):
+                raise ValueError(
+                    f"{name}.attention: {variant.attention} keeps attention that {variant.previous!r} with "
+                    f"{value[variant.previous].attention}, from which it continues, has not"
+                )
+        return value
+
+    def chain(self, name: str) -> list[str]:
+        """A variant and those that it continues from, the first of them first."""
+        previous = self.variants[name].previous
+        return [*(self.chain(previous) if previous else []), name]
+
     def for_variant(self, name: str) -> Config:
         """The configuration with the variant's own `set` applied."""
         own = self.variants[name].set
@@ -381,6 +528,17 @@ class Config(Model):
                     f"a variant may set leaves of {', '.join(VARIANT_SECTIONS)}"
                 )
         return _validated(apply_overrides(self.model_dump(mode="json"), own.items()), f"variants.{name}.set")
+
+
+def _keeps_more(attention: Attention, previous: Attention) -> bool:
+    """Whether the one surely keeps a layer that the other does not; of a ratio and a list only the teacher's number of
+    layers tells (`steps.init_from_attention`)."""
+    if isinstance(attention, str) and isinstance(previous, str):
+        ratios = get_args(AttentionRatio)  # each keeps a part of those before it
+        return bool(ratios.index(attention) < ratios.index(previous))
+    if isinstance(attention, list) and isinstance(previous, list):
+        return not set(attention) <= set(previous)
+    return False
 
 
 def parse(raw: Mapping[str, Any], where: str = "configuration") -> Config:
@@ -490,4 +648,5 @@ def _siblings(location: tuple[Any, ...]) -> list[str]:
     for part in location[:-1]:
         annotation = VariantConfig if model is dict else model.model_fields[part].annotation
         model = dict if part == "variants" else annotation
-    return sorted(model.model_fields) if hasattr(model, "model_fields") else []
+    fields = model.model_fields if hasattr(model, "model_fields") else {}
+    return sorted(field.alias or name for name, field in fields.items())

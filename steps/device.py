@@ -66,39 +66,53 @@ def hardware(device: str) -> dict[str, str | int]:
 
 
 @contextmanager
-def hold(device: str) -> Iterator[str]:
-    """Own the CPU or one free GPU of this machine until the block ends; yields its name.
+def hold(device: str, count: int = 1) -> Iterator[str]:
+    """Own the CPU or `count` free GPUs of this machine until the block ends; yields their names, commas between.
 
-    The lock is the kernel's, on a file in the system's temporary folder: it goes with its process, however that ends.
-    With a GPU, CUDA_VISIBLE_DEVICES is narrowed to it, so torch must not have been used yet.
+    The locks are the kernel's, on files in the system's temporary folder: they go with their process, however that
+    ends. With GPUs, CUDA_VISIBLE_DEVICES is narrowed to them, so torch must not have been used yet. Raises DeviceError
+    where the machine has fewer.
     """
-    names = gpus() if device == "cuda" else ["cpu"]
-    fd, name = _first_free(names)
+    names, wanted = (gpus(), count) if device == "cuda" else (["cpu"], 1)
+    if len(names) < wanted:
+        raise DeviceError(
+            f"the stage's resources ask for {wanted} GPUs, but this machine shows {len(names)}: "
+            "lower their `gpu` or `processes`"
+        )
+    held = _first_free(names, wanted)
+    own = ",".join(held)
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         if device == "cuda":
-            os.environ["CUDA_VISIBLE_DEVICES"] = name
-        yield name
+            os.environ["CUDA_VISIBLE_DEVICES"] = own
+        yield own
     finally:
-        os.close(fd)
+        for fd in held.values():
+            os.close(fd)
         if device == "cuda":
             os.environ.pop("CUDA_VISIBLE_DEVICES")
             if before is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _first_free(names: list[str]) -> tuple[int, str]:
+def _first_free(names: list[str], wanted: int) -> dict[str, int]:
+    """Name → lock of as many as are wanted. All or none: two stages that each held some would wait for ever."""
     told = False
     while True:
+        held: dict[str, int] = {}
         for name in names:
             fd = _open_lock(Path(tempfile.gettempdir()) / f"mamballama-{name.replace('/', '-')}.lock")
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd, name
+                held[name] = fd
             except BlockingIOError:
                 os.close(fd)
+            if len(held) == wanted:
+                return held
+        for fd in held.values():
+            os.close(fd)
         if not told:
-            logger.info("waiting: another stage of this machine holds %s", " and ".join(names))
+            logger.info("waiting: other stages of this machine hold %s", " and ".join(set(names) - set(held)))
             told = True
         time.sleep(POLL_SECONDS)
 

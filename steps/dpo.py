@@ -17,8 +17,9 @@ from corpora.preferences import PreferencePair
 from corpora.shards import Shard
 from hybrid import HybridForCausalLM, load_pretrained
 from hybrid.generate import Generator
+from steps import distributed
 from steps.config import DPOConfig
-from steps.loop import BatchSource, MicroBatch, autocast, train
+from steps.loop import BatchSource, MicroBatch, autocast, on_device, train
 from steps.losses import dpo_loss, sequence_log_probability
 from steps.stage import StageContext
 from steps.students import compute_type, load_student, load_teacher, measure, save_student
@@ -39,19 +40,11 @@ class PairBatch:
 def run(config: DPOConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Pairs: the corpus's own if it has any, else the teacher's sampled reply over the student's to the same prompt."""
     teacher, student = load_teacher(inputs, context), load_student(inputs, context)
-    pairs = _pairs(config, inputs, context, teacher)
+    pairs = distributed.agreed(_pairs(config, inputs, context, teacher) if distributed.rank() == 0 else [])
     reference = teacher if config.reference == "teacher" else student
-    batches = _batches(pairs, reference, config, context)
-
-    def loss_function(model: HybridForCausalLM, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        policy = reply_log_probabilities(model, batch)
-        chosen, rejected = policy.chunk(2)
-        reference_chosen, reference_rejected = batch.reference.chunk(2)
-        loss, margins = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, config.beta)
-        return loss, {"accuracy": (margins > 0).float().mean(), "margin": margins.mean()}
-
+    batches = pair_batches(pairs, reference, config, context)
     before = _accuracy(student, batches, len(pairs), config, context)
-    summary = train(student, batches, loss_function, config, context)
+    summary = fit(student, batches, config, context)
     save_student(student, inputs, out)
     return {
         **summary,
@@ -60,6 +53,19 @@ def run(config: DPOConfig, inputs: Mapping[str, Path], out: Path, context: Stage
         "accuracy_last": _accuracy(student, batches, len(pairs), config, context),
         "held_out": measure(teacher, student, inputs, context),
     }
+
+
+def fit(student: HybridForCausalLM, batches: BatchSource, config: DPOConfig, context: StageContext) -> dict[str, Any]:
+    """Train the student in place on `PairBatch`es; returns the loop's summary."""
+
+    def loss_function(model: HybridForCausalLM, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        policy = reply_log_probabilities(model, batch)
+        chosen, rejected = policy.chunk(2)
+        reference_chosen, reference_rejected = batch.reference.chunk(2)
+        loss, margins = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, config.beta)
+        return loss, {"accuracy": (margins > 0).float().mean(), "margin": margins.mean()}
+
+    return train(student, batches, loss_function, config, context)
 
 
 def reply_log_probabilities(model: HybridForCausalLM, batch: PairBatch) -> Tensor:
@@ -113,24 +119,26 @@ def _self_made_pairs(
     ]
 
 
-def _batches(
+def pair_batches(
     pairs: Sequence[PreferencePair], reference: HybridForCausalLM, config: DPOConfig, context: StageContext
 ) -> BatchSource:
     """Micro-batches of pairs with the reference's log-probabilities, which are computed once and kept."""
     size = config.batch_size // config.accumulation
+    rows = distributed.own_rows(size)
     per_epoch = max(1, len(pairs) // size)
     pad = reference.config.pad_token_id or 0
 
     def collated(chosen: Sequence[PreferencePair]) -> PairBatch:
         batch = preferences.collate(chosen, pad)
         arrays = (batch.tokens, batch.seq_idx, batch.targets, batch.loss_mask, np.zeros(len(batch.tokens), np.float32))
-        return PairBatch(*(torch.from_numpy(a).to(context.device) for a in arrays))
+        return PairBatch(*map(torch.from_numpy, arrays))
 
     known: dict[int, tuple[float, float]] = {}
     with torch.no_grad(), autocast(context):
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
-            better, worse = reply_log_probabilities(reference, collated(part)).chunk(2)
+            data = on_device(collated(part), context.device)
+            better, worse = reply_log_probabilities(reference, data).chunk(2)
             known |= {start + i: (better[i].item(), worse[i].item()) for i in range(len(part))}
 
     def batch(number: int) -> MicroBatch:
@@ -138,9 +146,12 @@ def _batches(
         order = np.random.default_rng([context.seed, epoch]).permutation(len(pairs))
         chosen = order[place * size :][:size]
         data = collated([pairs[i] for i in chosen])
-        log_probabilities = torch.tensor([known[i] for i in chosen], device=context.device).T.reshape(-1)
+        log_probabilities = torch.tensor([known[i] for i in chosen]).T.reshape(-1)
         data = replace(data, reference=log_probabilities)
-        return MicroBatch(data, int(data.mask.sum()), tuple(pairs[i].id for i in chosen))
+        tokens, positions = int(data.mask.sum()), data.mask.numel()
+        ids = tuple(pairs[i].id for i in chosen)
+        own = PairBatch(*(torch.cat([half[rows] for half in tensor.chunk(2)]) for tensor in vars(data).values()))
+        return MicroBatch(own, tokens, ids, positions, weight=size, share=1 / distributed.world_size())
 
     return batch
 
@@ -154,7 +165,7 @@ def _accuracy(
     won = []
     with autocast(context):
         for number in range(max(1, pairs // size)):
-            data = batches(number).data
+            data = on_device(batches(number).data, context.device)
             chosen, rejected = (reply_log_probabilities(model, data) - data.reference).chunk(2)
             won.append((chosen > rejected).float())
-    return torch.cat(won).mean().item()
+    return distributed.mean(torch.cat(won).mean()).item()

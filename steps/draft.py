@@ -18,19 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpora import chat, preferences, self_chat, sources
+from corpora import chat, preferences, self_chat
 from corpora.shards import Shard
 from evals.fidelity import Block, summarise, token_scores
-from hybrid import HybridConfig, HybridForCausalLM, load_pretrained, save_pretrained
-from hybrid.compiled import compiled_blocks
-from hybrid.config import MODEL_TYPE
+from hybrid import HybridForCausalLM, load_pretrained, save_pretrained
 from hybrid.generate import Generator
 from steps import teacher
-from steps.config import DraftConfig, TeacherConfig
+from steps.config import DraftConfig
 from steps.loop import autocast, train
 from steps.losses import kl_loss
 from steps.stage import Checkpoints, Progress, StageContext
 from steps.students import TokenBatch, compute_type, load_student, token_batches
+from steps.utilisation import FORWARD, matrix_weights
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +90,16 @@ def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context:
         return kl_loss(hidden, head, taught, target_head, batch.mask, config.loss), {}
 
     batches = token_batches(out / TEXT, config, context)
-    with compiled_blocks(target, draft):
-        summary = train(draft, batches, loss_function, config, replace(context, checkpoints=checkpoints))
+    summary = train(
+        draft,
+        batches,
+        loss_function,
+        config,
+        replace(context, checkpoints=checkpoints),
+        teacher=target,
+        forward_flops=FORWARD * matrix_weights(target),
+        one_shape=True,
+    )
     save_pretrained(draft, out, tokenizer_from=inputs["student"])
     return {
         **summary,
@@ -127,6 +134,9 @@ class _TextBeside:
     def latest(self) -> tuple[int, Path] | None:
         found = self.inner.latest()
         return found if found and found[0] > 0 else None
+
+    def work(self) -> Path:
+        return self.inner.work()
 
 
 def _text(
@@ -260,36 +270,9 @@ def _agreement(
 
 def _fetched(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """The checkpoint of `checkpoint:SOURCE` in this project's form, once it is known to fit the student."""
-    found = sources.resolve(config.source)
-    if found.path.is_dir() and _is_hybrid(found.path):
-        save_pretrained(load_pretrained(found.path), out, tokenizer_from=found.path)
-    else:
-        teacher.run(TeacherConfig(source=config.source), {}, out, context)
-    _check_fit(config.source, out, inputs["student"])
+    fingerprint = teacher.fetch(config.source, out, context)
+    if mismatch := teacher.token_mismatch(out, inputs["student"]):
+        raise DraftError(f"draft.kind {config.kind}: {mismatch}; a draft needs the student's own tokenizer")
     logger.info("draft: %s", config.source)
     parameters = sum(p.numel() for p in load_pretrained(out).parameters())
-    return {"kind": config.kind, "fingerprint": found.fingerprint, "parameters": parameters}
-
-
-def _is_hybrid(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and MODEL_TYPE in config.read_text()
-
-
-def _check_fit(source: str, draft: Path, student: Path) -> None:
-    """The draft's tokens must be the student's: the same number of logits, the same meaning of each."""
-    from transformers import AutoTokenizer
-
-    sizes = [HybridConfig.from_folder(folder).vocab_size for folder in (draft, student)]
-    if sizes[0] != sizes[1]:
-        raise DraftError(
-            f"draft.kind checkpoint:{source}: its vocabulary has {sizes[0]} tokens, the student's {sizes[1]}; "
-            "a draft needs the student's own"
-        )
-    theirs, ours = (AutoTokenizer.from_pretrained(f, local_files_only=True).get_vocab() for f in (draft, student))
-    if theirs != ours:
-        same = len(theirs.items() & ours.items())
-        raise DraftError(
-            f"draft.kind checkpoint:{source}: its tokenizer has {len(theirs)} tokens, the student's {len(ours)}, and "
-            f"{same} are the same; a draft needs the student's own tokenizer"
-        )
+    return {"kind": config.kind, "fingerprint": fingerprint, "parameters": parameters}

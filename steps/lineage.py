@@ -48,8 +48,9 @@ def make_report(config: Config, refs: Mapping[str, Refs], run: Run) -> Path:
 def lineage(config: Config, refs: Mapping[str, Refs], run: Run, store: Store) -> dict[str, Any]:
     """How a run's results came about, JSON-ready: the run, its configuration and one entry a stage and variant.
 
-    An entry has stage, variant and hit: True if reused, False if run, None if switched off. Unless off it also has key,
-    digest, upstream (role → key), config (leaf → value), bytes, created, and all that `_execute` recorded.
+    An entry has stage, variant and hit: True if reused, False if this run ran it, None if switched off. Unless off it
+    also has key, digest, upstream (role → key), config (leaf → value), bytes, created, and all that `_execute`
+    recorded.
     """
     entries = []
     for stage, variant, _ in walk(config):
@@ -58,7 +59,8 @@ def lineage(config: Config, refs: Mapping[str, Refs], run: Run, store: Store) ->
             manifest = store.manifest(stored_ref(ref))
             entry |= manifest.meta
             entry |= {
-                "hit": ref["hit"],
+                # A variant that continues from this one may have been the first to need it.
+                "hit": ref["hit"] and manifest.meta.get("run") != run.id,
                 "key": manifest.key,
                 "digest": manifest.digest,
                 "upstream": manifest.payload["upstream"],

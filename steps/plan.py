@@ -12,7 +12,7 @@ from stage_store import Checkpoints, Store, stage_key
 from stage_store.explain import nearest
 from stage_store.maintenance import Item, items
 from steps.config import Config, store_url
-from steps.pipeline import label, one_line, payload_of, walk
+from steps.pipeline import label, one_line, payload_of, previous_student, walk
 
 FORCED = "forced"
 SHOWN_CHANGES = 3
@@ -48,7 +48,10 @@ def _plan(config: Config, root: Path, force: str) -> list[Planned]:
         if not stage.enabled(own):
             lines.append(Planned(stage.name, variant, "off", "", "switched off in the configuration"))
             continue
-        payload = payload_of(stage, variant, own, {**refs[""], **refs[variant]}, root)
+        known = {**refs[""], **refs[variant]}
+        if variant:
+            known |= previous_student(config, variant, refs[config.variants[variant].previous])
+        payload = payload_of(stage, variant, own, known, root)
         key = stage_key(payload)
         refs[variant][stage.name] = {"key": key}
         history.planned[key] = payload

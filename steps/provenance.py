@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "accelerate", "numpy", "lm-eval", "triton", "mamba-ssm", "causal-conv1d")
+PACKAGES = ("torch", "transformers", "numpy", "lm-eval", "triton", "mamba-ssm", "causal-conv1d")
 
 
 def versions() -> dict[str, str]:

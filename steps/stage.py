@@ -26,6 +26,8 @@ class Checkpoints(Protocol):
 
     def latest(self) -> tuple[int, Path] | None: ...
 
+    def work(self) -> Path: ...
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from corpora.shards import Shard
 from evals.fidelity import quick_fidelity
 from hybrid import HybridForCausalLM, load_pretrained, save_pretrained
 from steps.config import TrainConfig
+from steps.distributed import gathered, own_rows
 from steps.loop import BatchSource, MicroBatch, autocast
 from steps.stage import StageContext
 
@@ -25,7 +27,7 @@ SKIPPED_POSITIONS = 40
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Packed blocks on the device, all (B, L); see `corpora.packing.Batch`."""
+    """Packed blocks, all (B, L); see `corpora.packing.Batch`."""
 
     tokens: Tensor
     targets: Tensor
@@ -51,17 +53,36 @@ def load_student(inputs: Mapping[str, Path], context: StageContext) -> HybridFor
     return load_pretrained(inputs["student"], context.device, torch.float32 if context.compute == "float32" else None)
 
 
-def token_batches(shard: Path, config: TrainConfig, context: StageContext, mask: str = "loss_mask") -> BatchSource:
-    """Micro-batches of packed blocks; `mask` names the field of `corpora.packing.Batch` that says which tokens
-    count."""
-    blocks = PackedBlocks(Shard.load(shard), config.seq_len, context.seed)
+def token_batches(
+    shard: Path, config: TrainConfig, context: StageContext, mask: str | None = "loss_mask"
+) -> BatchSource:
+    """Micro-batches of packed blocks; `mask` names the field of `corpora.packing.Batch` that says which tokens count,
+    all where it is None.
+
+    Of several processes each has its rows of the micro-batch that one would have. Raises ConfigError where they cannot
+    share it equally.
+    """
+    documents = Shard.load(shard)
+    if mask == "assistant_loss":
+        documents = documents.with_replies()  # a batch of plain documents would hold no token that counts
+    return block_batches(PackedBlocks(documents, config.seq_len, context.seed), config, mask)
+
+
+def block_batches(blocks: PackedBlocks, config: TrainConfig, mask: str | None = "loss_mask") -> BatchSource:
+    """`token_batches` of blocks that are packed already."""
     size = config.batch_size // config.accumulation
+    rows = own_rows(size)
 
     def batch(number: int) -> MicroBatch:
         packed = blocks.batch(number, size)
-        arrays = (packed.tokens, packed.targets, packed.seq_idx, getattr(packed, mask))
-        data = TokenBatch(*(torch.from_numpy(a).to(context.device, non_blocking=True) for a in arrays))
-        return MicroBatch(data, int(arrays[-1].sum()), packed.documents)
+        counts = np.ones_like(packed.loss_mask) if mask is None else getattr(packed, mask)
+        total, own = int(counts.sum()), counts[rows]
+        share = own.sum() / total if total else 0.0
+        if total and not own.any():
+            own = np.ones_like(own)  # a loss of some tokens, which then weighs nothing: all processes work together
+        arrays = (packed.tokens[rows], packed.targets[rows], packed.seq_idx[rows], own)
+        data = TokenBatch(*map(torch.from_numpy, arrays))
+        return MicroBatch(data, total, packed.documents, size * config.seq_len, share=float(share))
 
     return batch
 
@@ -69,11 +90,17 @@ def token_batches(shard: Path, config: TrainConfig, context: StageContext, mask:
 def measure(
     teacher: HybridForCausalLM, student: HybridForCausalLM, inputs: Mapping[str, Path], context: StageContext
 ) -> dict[str, float]:
-    """KL to the teacher (nats per token) and top-1 agreement on a few held-out conversations."""
+    """KL to the teacher (nats per token) and top-1 agreement on a few held-out conversations.
+
+    All processes of a stage call it; only process 0 measures, the others get an empty answer.
+    """
+    whole_teacher, whole_student = gathered(teacher), gathered(student)
+    if whole_teacher is None or whole_student is None:
+        return {}
     with autocast(context):
         return quick_fidelity(
-            teacher,
-            student,
+            whole_teacher,
+            whole_student,
             inputs["corpus"] / "held_out.npz",
             MEASURED_CONVERSATIONS,
             MEASURED_LENGTH,
@@ -82,4 +109,7 @@ def measure(
 
 
 def save_student(student: HybridForCausalLM, inputs: Mapping[str, Path], out: Path) -> None:
-    save_pretrained(student, out, tokenizer_from=inputs["teacher"])
+    """All processes of a stage call it; process 0 writes."""
+    whole = gathered(student)
+    if whole is not None:
+        save_pretrained(whole, out, tokenizer_from=inputs["teacher"])

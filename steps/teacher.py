@@ -77,6 +77,40 @@ def run(config: TeacherConfig, inputs: Mapping[str, Path], out: Path, context: S
     }
 
 
+def fetch(source: str, out: Path, context: StageContext) -> str:
+    """Another checkpoint in this project's form in `out`, as `run` leaves a teacher; its source's fingerprint.
+
+    A model of this project's own is one too. Raises as `run`.
+    """
+    from hybrid import load_pretrained, save_pretrained
+    from hybrid.config import MODEL_TYPE
+
+    found = sources.resolve(source)
+    config = found.path / "config.json"
+    if config.is_file() and MODEL_TYPE in config.read_text():
+        save_pretrained(load_pretrained(found.path), out, tokenizer_from=found.path)
+    else:
+        run(TeacherConfig(source=source), {}, out, context)
+    return found.fingerprint
+
+
+def token_mismatch(folder: Path, student: Path) -> str:
+    """Why the tokens of the model in `folder` are not the student's, or an empty string: the number of logits must be
+    the same, and the meaning of each."""
+    from transformers import AutoTokenizer
+
+    from hybrid import HybridConfig
+
+    sizes = [HybridConfig.from_folder(f).vocab_size for f in (folder, student)]
+    if sizes[0] != sizes[1]:
+        return f"its vocabulary has {sizes[0]} tokens, the student's {sizes[1]}"
+    theirs, ours = (AutoTokenizer.from_pretrained(f, local_files_only=True).get_vocab() for f in (folder, student))
+    if theirs == ours:
+        return ""
+    same = len(theirs.items() & ours.items())
+    return f"its tokenizer has {len(theirs)} tokens, the student's {len(ours)}, and {same} are the same"
+
+
 def _checkpoint(resolved: sources.Resolved) -> tuple[Path, str | None]:
     """The folder that transformers loads from, and the GGUF file's name in it if it is one."""
     path = resolved.path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import statistics
 import time
@@ -21,10 +20,10 @@ from hybrid.bench.rows import Row
 from hybrid.bench.timed import (
     GATE_PROMPT,
     GATE_TOKENS,
-    RefusedError,
     Spread,
     TimedEngine,
     agreements,
+    attempt,
     require,
     require_identity,
 )
@@ -34,8 +33,6 @@ from hybrid.engine import Generated, Sampling
 from hybrid.model import HybridForCausalLM
 from hybrid.shapes import draft_of, random_model, shape
 from kernels_ext.bench import copy_bandwidth
-
-log = logging.getLogger(__name__)
 
 NAMES = ("plain", "synthetic", "speculative", "selfchat", "transformers")
 SEVERAL_PROMPTS = 8
@@ -107,15 +104,8 @@ class Job:
     fill: Callable[[Row], None]
 
     def run(self) -> None:
-        """Fill the row in. What cannot be measured, for whatever reason, takes no other row with it."""
-        try:
-            self.fill(self.row)
-        except RefusedError as error:
-            self.row.note = str(error)
-        except Exception as error:
-            log.warning("%s", self.row.name, exc_info=True)
-            lines = str(error).strip().splitlines()
-            self.row.note = f"failed: {type(error).__name__}: {lines[-1] if lines else ''}"[:200]
+        """Fill the row in, or say in its note why not."""
+        self.row.note = attempt(lambda: self.fill(self.row), self.row.name) or self.row.note
 
 
 @dataclass

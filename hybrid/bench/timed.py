@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from hybrid.engine import DecodeEngine
 from hybrid.model import HybridForCausalLM
 from hybrid.ties import Agreement, compare, last_logits
 
+log = logging.getLogger(__name__)
+
 GATE_PROMPT = 24
 GATE_TOKENS = 16
 """What `require` decodes: replies to short prompts."""
@@ -26,6 +29,19 @@ bfloat16 after each of 64 additions alone makes 1.2e-2 to 2e-2 between two right
 
 class RefusedError(RuntimeError):
     """Something that must not be timed; the message says why."""
+
+
+def attempt(measure: Callable[[], None], name: str) -> str:
+    """Run `measure`; why nothing came of it, or nothing. What cannot be measured takes nothing else with it."""
+    try:
+        measure()
+    except RefusedError as error:
+        return str(error)
+    except Exception as error:
+        log.warning("%s", name, exc_info=True)
+        lines = str(error).strip().splitlines()
+        return f"failed: {type(error).__name__}: {lines[-1] if lines else ''}"[:200]
+    return ""
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ def test_a_first_run_runs_every_stage_and_makes_the_report(finished):
     project, said = finished
     plan = plan_of(said)
     assert list(plan) == [
-        *("teacher", "corpus", "benchmark_teacher", "half/init_from_attention", "half/align", "half/kl_distill"),
-        *("half/sft", "half/dpo", "half/draft", "half/benchmark", "half/speculative_profile"),
+        *("teacher", "corpus", "layer_scores", "benchmark_teacher", "half/init_from_attention", "half/align"),
+        *("half/kl_distill", "half/sft", "half/dpo", "half/draft", "half/benchmark", "half/speculative_profile"),
     ]
-    off = {"half/align", "half/sft", "half/draft", "half/speculative_profile"}
+    off = {"layer_scores", "half/align", "half/sft", "half/draft", "half/speculative_profile"}
     assert {label for label, state in plan.items() if state == "off"} == off
     assert project.executed() == ["teacher", "corpus", "benchmark", *STAGES_OF_HALF, "benchmark"]
     (page,) = (project.root / "reports" / "out").glob("*/report.html")
@@ -77,7 +77,8 @@ def test_steps_declare_the_resources_of_the_configuration(finished):
 
 
 def test_a_second_variant_joins_and_only_its_stages_run(again):
-    changes = ["--set", 'variants.none.attention="0"', "--set", "speculative_profile.enabled=true"]
+    changes = ["--set", 'variants.none.attention="0"', "--set", "variants.none.from=half"]
+    changes += ["--set", "speculative_profile.enabled=true"]
     changes += ["--set", "draft.kind=layers:[0, 1]"]
     code, said = again.call("run", *changes, MAMBALLAMA_LIVE_CARDS="0")
     assert code == 0, said

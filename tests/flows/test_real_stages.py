@@ -32,7 +32,11 @@ sources = ["file:{here}/talk.jsonl"]
 held_out_conversations = 12
 
 [variants.half]
-attention = "1/2"
+attention = [1, 3]
+
+[layer_scores]
+method = "restore"
+sequences = 4
 
 [init_from_attention]
 tokens = 512
@@ -88,7 +92,8 @@ new_tokens = 12
 
 SECOND_VARIANT = """
 [variants.none]
-attention = "0"
+attention = "1/8"  # of four layers; which they are is left to the ranking
+from = "half"
 set = { "kl_distill.steps" = 6, "dpo.reference" = "policy" }
 """
 
@@ -153,6 +158,8 @@ def test_a_run_ends_in_a_report_of_teacher_and_both_variants(project: Project, f
     twin = json.loads(page.with_suffix(".json").read_text())
     assert page.parent.parent == project.root / "reports" / "out"
     assert [v["name"] for v in twin["variants"]] == ["half", "none"]
+    assert [(v["layer_choice"], v["attention_layers"]) for v in twin["variants"]] == [(None, [1, 3]), ("restore", [])]
+    assert sorted(s["layer"] for s in twin["layer_scores"]["layers"]) == [0, 1, 2, 3]
     for variant in twin["variants"]:
         assert all(stage["ran"] for stage in variant["quality"])
         assert variant["benchmark"]["fidelity"]["held_out"]["documents"] == 6
@@ -176,14 +183,14 @@ def test_the_readmes_commands_that_need_a_run_are_understood(project: Project, f
 
 def test_an_identical_run_executes_no_stage(project: Project, first: str) -> None:
     said = project.run()
-    assert "plan: 0 of 19 stages to run" in said
+    assert "plan: 0 of 20 stages to run" in said
     assert "running on" not in said
 
 
 def test_a_run_killed_while_it_trains_continues_to_the_same_weights(project: Project, first: str) -> None:
     """One of the two variants, from its initialised student on: what comes before it trains nothing."""
     disturbed = Project(project.root, project.root / "store of the disturbed", "half.toml")
-    for stage in ("teacher", "corpus", "benchmark_teacher", "init_from_attention"):
+    for stage in ("teacher", "corpus", "layer_scores", "benchmark_teacher", "init_from_attention"):
         shutil.copytree(project.store / stage, disturbed.store / stage)
     process = disturbed.start("run")
     deadline = time.monotonic() + 300

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import softplus
 
 from hybrid import HybridForCausalLM
-from hybrid.init_map import from_attention, in_proj_rows, inverse_softplus, verify
+from hybrid.init_map import from_attention, in_proj_rows, inverse_softplus, new_mixers, verify
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import tokens
 
@@ -45,6 +45,50 @@ def test_everything_else_is_the_teachers_own_copy(teacher):
             assert torch.equal(ours, theirs[name])
             assert ours.data_ptr() != theirs[name].data_ptr()
     assert "model.layers.1.self_attn.q_proj.weight" in dict(student.named_parameters())
+
+
+def trained(student: HybridForCausalLM) -> HybridForCausalLM:
+    """As training leaves it: no weight is what it was."""
+    for p in student.parameters():
+        p.data = p.data.float() * 1.25 + 0.01
+    return student
+
+
+@pytest.mark.parametrize("method", ["copy", "paper"])
+def test_a_student_continues_with_all_of_its_weights(teacher, method):
+    before = trained(from_attention(teacher, (1, 3), method))
+    after = from_attention(before, (3,), method, seed=4)
+    assert (after.config.mamba_layers, new_mixers(before, after)) == ((0, 1, 2), (1,))
+    theirs, ours = dict(before.named_parameters()), dict(after.named_parameters())
+    assert {name for name in ours if name not in theirs} == {n for n in ours if n.startswith("model.layers.1.mamba.")}
+    for name in ours.keys() & theirs.keys():
+        assert torch.equal(ours[name], theirs[name]), name
+        assert ours[name].data_ptr() != theirs[name].data_ptr()
+    rows, attention, mixer = in_proj_rows(after.config), before.blocks[1].self_attn, after.blocks[1].mamba
+    for source, target in (("q_proj", "C"), ("k_proj", "B"), ("v_proj", "x")):
+        assert torch.equal(mixer.in_proj.weight[rows[target]], getattr(attention, source).weight)
+    assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
+    assert not torch.equal(mixer.out_proj.weight, teacher.blocks[1].self_attn.o_proj.weight)
+
+
+def test_a_student_without_new_mixers_computes_the_same(teacher):
+    before = trained(from_attention(teacher, KEPT))
+    after = from_attention(before, KEPT, seed=9)
+    assert new_mixers(before, after) == ()
+    assert torch.equal(before(tokens(2, 9)), after(tokens(2, 9)))
+
+
+def test_attention_that_was_given_up_does_not_come_back(teacher):
+    before = from_attention(teacher, (1, 3))
+    with pytest.raises(ValueError, match=r"layers \[0, 2\] is to be kept.*layers \[1, 3\]"):
+        from_attention(before, (0, 1, 2))
+
+
+@pytest.mark.parametrize(("first", "second"), [("copy", "paper"), ("paper", "copy")])
+def test_mixers_of_two_forms_do_not_go_together(teacher, first, second):
+    before = from_attention(teacher, (1, 3), first)
+    with pytest.raises(ValueError, match=f"method '{second}' makes mixers of another form"):
+        from_attention(before, (3,), second)
 
 
 def test_rows_are_in_the_papers_order():
@@ -153,3 +197,13 @@ def test_verify_notices_a_changed_weight(teacher, name):
     changed.data[60 if "in_proj" in name else 0] += 1e-3
     with pytest.raises(RuntimeError, match=name.split(".mamba")[0].replace("model.layers.", "(model.layers.|layer )")):
         verify(teacher, student)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mamba.A_log", "model.layers.2.mlp.up_proj.weight"])
+def test_verify_notices_a_weight_that_was_not_carried_over(teacher, name):
+    before = trained(from_attention(teacher, (1, 3)))
+    after = from_attention(before, (3,))
+    verify(before, after)
+    dict(after.named_parameters())[name].data[0] += 1e-3
+    with pytest.raises(RuntimeError, match=name):
+        verify(before, after)

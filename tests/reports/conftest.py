@@ -11,6 +11,7 @@ from evals.stats import compare, holm
 HOSTILE = "</p><script>alert('x')</script><img src=https://evil.example/x.png onerror=alert(1)> & \"quoted\""
 TASKS = {"hellaswag_100": (100, 0.40), "truthfulqa_mc1_100": (100, 0.24), "mmlu_dev": (281, 0.32)}
 KL = {"teacher": 0.0, "half": 0.612, "quarter": 1.18}
+RANKING = [*range(3, 30, 4), *(i for i in range(30) if i % 4 != 3)]
 PROMPTS = ["What is the capital of France?", "Write a short poem about the sea.", HOSTILE]
 ANSWERS = {
     "teacher": [
@@ -172,11 +173,21 @@ def drafted():
     return made | {"start": before, "held_out": after}
 
 
+def layer_scores(ranking):
+    layers = [
+        {"layer": layer, "score": 0.24 - 0.01 * place, "se": 0.02, "round": 0} for place, layer in enumerate(ranking)
+    ]
+    unit = "KL to the teacher, nats per token of training text"
+    made = {"method": "restore", "rounds": 1, "unit": unit, "ranking": ranking, "layers": layers}
+    return made | {"start": 1.75, "texts": 16, "tokens": 3456, "passes": 31}
+
+
 def variant_stages(name, replaced, number, factor):
     init = {
         "attention_layers": [i for i in range(30) if i not in replaced],
         "replaced_layers": list(replaced),
         "method": "calibrated",
+        "layer_choice": {"method": "restore", "ranking": RANKING} if name == "quarter" else None,
         "start": {"paper": {"kl": 10.1, "top1": 0.012}, "calibrated": {"kl": 1.35 * factor, "top1": 0.449 / factor}},
         "layers": [{"layer": i, "relative_error": 0.18 + 0.06 * factor * (1 + i % 5)} for i in replaced],
     }
@@ -224,6 +235,7 @@ def lineage():
         "stages": [
             stage("teacher", None, 1, hit=True),
             stage("corpus", None, 2, hit=True),
+            stage("layer_scores", None, 50, summary=layer_scores(RANKING)),
             stage("benchmark_teacher", None, 3),
             *variant_stages("half", range(0, 30, 2), 10, 1.0),
             *variant_stages("quarter", [i for i in range(30) if i % 4 != 3], 30, 1.9),

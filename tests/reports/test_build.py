@@ -8,7 +8,7 @@ import pytest
 from evals.stats import wilson
 from reports.build import write_report
 from reports.rows import load
-from reports.text import number, percent, points
+from reports.text import count, number, percent, points
 from reports.twin import SAMPLE_CHARACTERS, teacher_name, thin
 
 SECTIONS = {"verdict", "comparison", "differences", "stages", "training", "cost", "speculation", "samples", "lineage"}
@@ -142,6 +142,23 @@ def test_twin_and_page_say_the_same(built, tmp_path):
     for task in twin["teacher"]["benchmark"]["tasks"]:
         assert percent(task["score"]) in text
         assert f"n={task['n']}" in text
+
+
+def test_the_choice_of_layers_is_shown_with_what_each_variant_keeps(built, example, tmp_path):
+    twin, html = built
+    assert twin["layer_scores"]["layers"][0] == {"layer": 3, "score": 0.24, "se": 0.02, "round": 0}
+    assert [v["layer_choice"] for v in twin["variants"]] == [None, "restore"]
+    text = body_text(html)
+    assert "A student without attention starts from 1.75" in text and f"n={count(3456)} in 16 texts" in text
+    section = html[html.index("Which layers keep their attention") :]
+    first, eighth = (re.search(rf"<tr><td class=.num.>{rank}</td>.*?</tr>", section).group() for rank in (1, 8))
+    assert first.count("<td>attention</td>") == 2 and "0.240<small>± 0.039</small>" in first
+    assert eighth.count("<td>attention</td>") == 0
+    raw = json.loads(example["lineage"].read_text())
+    raw["stages"] = [s for s in raw["stages"] if s["stage"] != "layer_scores"]
+    example["lineage"].write_text(json.dumps(raw))
+    twin, html = build(example, tmp_path / "without")
+    assert twin["layer_scores"] is None and "Which layers keep their attention" not in html
 
 
 def test_rows_are_written_beside(built, tmp_path):

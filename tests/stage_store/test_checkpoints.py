@@ -47,6 +47,17 @@ def test_newest_is_returned_and_two_are_kept(store, checkpoints, other_machine):
         assert (folder / "random").read_text() == "state 30"
 
 
+def test_work_outlives_checkpoints_and_ends_with_them(store, checkpoints):
+    kept = checkpoints.work() / "costly"
+    kept.write_text("kept")
+    for step in (10, 20, 30):
+        checkpoints.save(step, writes(str(step)))
+    assert (Checkpoints(store, "align", KEY).work() / "costly").read_text() == "kept"
+    assert checkpoints.latest()[0] == 30
+    checkpoints.clear()
+    assert checkpoints.latest() is None and not kept.exists()
+
+
 @pytest.mark.parametrize(
     ("broken", "data"),
     [

@@ -40,9 +40,37 @@ def parse(extra=""):
         ("[variants.other]\nattenton = 1", "did you mean 'attention'?"),
         ("[variants.teacher]", "'teacher': a variant's name is letters, digits, - and _"),
         ('[variants."a/b"]', "'a/b': a variant's name is"),
+        ('[variants.b]\nfrom = "haf"', "a.toml: variants: b.from: given 'haf'; expected one of half, b"),
+        ('[variants.b]\nfrom = "b"', "b.from: goes in a circle: b from b"),
+        ('[variants.b]\nfrom = "c"\n[variants.c]\nfrom = "b"', "b.from: goes in a circle: b from c from b"),
+        (
+            '[variants.b]\nattention = "3/4"\nfrom = "half"',
+            "b.attention: 3/4 keeps attention that 'half' with 1/2, from which it continues, has not",
+        ),
+        (
+            '[variants.b]\nattention = [1, 2]\n[variants.c]\nattention = [2, 3]\nfrom = "b"',
+            "c.attention: [2, 3] keeps attention that 'b' with [1, 2]",
+        ),
+        ('[variants.b]\nprevious = "half"', "Allowed here: attention, from, from_stage, set"),
+        ('[variants.b]\nfrom = "half"\nfrom_stage = "draft"', "variants.b.from_stage: given 'draft'"),
+        ('[kl_distill]\nfrozen = ["mlps"]', "a.toml: kl_distill.frozen.0: given 'mlps'; input should be 'attention',"),
+        ("[kl_distill]\nkl_weight = 0", "kl_distill.kl_weight: given 0; input should be greater than 0"),
         ('[variants.b]\nset = { "dpo.bta" = 1 }', "variants.b.set: dpo.bta: unknown key"),
         ('[variants.b]\nset = { "corpus.max_tokens" = 1 }', "variants.b.set: corpus.max_tokens: is shared by all"),
         ('[benchmark]\ntasks = ["arc"]', "a.toml: benchmark.tasks.0: given 'arc'; input should be 'hellaswag_100'"),
+        (
+            "[corpus.free_text]\ndocuments = 4\nheld_out_documents = 4",
+            "a.toml: corpus.free_text: held_out_documents 4 must be fewer than documents 4",
+        ),
+        ('[kl_distill]\nteacher = "large"', "a.toml: kl_distill.teacher: given 'large'; string should match pattern"),
+        (
+            '[kl_distill]\nteacher_cache = "top_k"',
+            "a.toml: kl_distill: teacher_cache: given 'top_k'; expected none, top_k:64 or samples:64",
+        ),
+        (
+            '[kl_distill]\nteacher_cache = "samples:8"\nloss = "jsd"',
+            "teacher_cache 'samples:8' keeps what the forward divergence needs, loss is 'jsd': set loss to 'forward'",
+        ),
         ('[draft]\nkind = "eagle"', "a.toml: draft.kind: given 'eagle'; expected ngram, layers:[0, 29] or checkpoint:"),
         ('[draft]\nkind = "layers:[]"', "given 'layers:[]'; expected at least one layer number"),
         ('[draft]\nkind = "layers:[0, 0]"', "each larger than the one before"),
@@ -128,6 +156,24 @@ def test_a_variant_sets_its_own_leaves_only():
     assert both.for_variant("half") == both
     assert (both.for_variant("b").dpo.beta, both.for_variant("b").seed) == (0.2, 3)
     assert (both.dpo.beta, both.seed) == (0.1, 0)
+
+
+def test_variants_that_continue_from_one_another():
+    four = parse(
+        '[variants.none]\nattention = 0\nfrom = "quarter"\n'
+        '[variants.quarter]\nattention = "1/4"\nfrom = "half"\nfrom_stage = "sft"\n'
+        '[variants.some]\nattention = [3]\nfrom = "half"'
+    )
+    assert four.chain("none") == ["half", "quarter", "none"]
+    assert four.chain("half") == ["half"]
+    assert config.parse_text(four.model_dump_json()) == four
+    assert four.model_dump(mode="json")["variants"]["quarter"] == {
+        "attention": "1/4",
+        "from": "half",
+        "from_stage": "sft",
+        "set": {},
+    }
+    assert config.override(four, ["variants.some.from=quarter"]).chain("some") == ["half", "quarter", "some"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from corpora import chat, preferences, sources
 from corpora.conversations import ConversationError
 from corpora.shards import Shard
 from steps import corpus
-from steps.config import CorpusConfig, SelfChatConfig
+from steps.config import CorpusConfig, FreeTextConfig, SelfChatConfig
 from steps.stage import StageContext
 from tests.corpora import tiny
 
@@ -51,6 +51,7 @@ def test_splits_are_disjoint_and_hold_the_conversations(build, source, teacher):
     assert 0 < train.assistant.mean() < 1
     assert summary["splits"]["train"] == {
         "conversations": 32,
+        "documents": 0,
         "tokens": len(train.tokens),
         "assistant_tokens": int(train.assistant.sum()),
     }
@@ -115,6 +116,82 @@ def test_a_random_model_really_generates_and_is_refused_for_not_conversing(build
     settings = SelfChatConfig(conversations=2, max_tokens=60, batch_size=2)
     with pytest.raises(chat.ChatTemplateError, match="none of 20 sampled texts is a conversation"):
         build(self_chat=settings, held_out_conversations=1)
+
+
+def test_free_text_is_trained_on_as_drawn_and_some_of_it_is_held_out(build, source):
+    """A real model of random weights says different things from the start token on: no stand-in is needed."""
+    settings = FreeTextConfig(
+        documents=9, held_out_documents=2, max_tokens=12, batch_size=4, start_token="<|endoftext|>"
+    )
+    shown = []
+    out, summary = build(sources=[source], held_out_conversations=4, free_text=settings, progress=shown.append)
+    train, held, own = (Shard.load(out / f"{name}.npz") for name in ("train", "held_out", "held_out_text"))
+    assert (len(train), len(held), len(own)) == (36 + 7, 4, 2)
+    assert not any(name.startswith("freetext") for name in held.ids)
+    assert all(name.startswith("freetext-0-") for name in [*train.ids[36:], *own.ids])
+    drawn = [train.document(i).tolist() for i in range(36, 43)] + [own.document(i).tolist() for i in range(2)]
+    assert all(tokens[0] == 0 and 2 <= len(tokens) <= 12 for tokens in drawn)
+    assert len({tuple(tokens) for tokens in drawn}) == 9
+    assert not train.assistant[train.starts[36] :].any() and not own.assistant.any()
+    counts = summary["splits"]["train"]
+    assert (counts["conversations"], counts["documents"]) == (36, 7)
+    assert summary["splits"]["held_out_text"]["documents"] == 2
+    assert summary["sources"]["free_text"]["documents"] == 9
+    assert summary["sources"]["free_text"]["tokens"] == sum(map(len, drawn))
+    assert summary["sources"]["free_text"]["start_token"] == 0
+    assert shown[-1].done == shown[-1].total == 9
+    again, _ = build("again", sources=[source], held_out_conversations=4, free_text=settings)
+    assert (again / "manifest.json").read_bytes() == (out / "manifest.json").read_bytes()
+    other, _ = build("other", seed=1, sources=[source], held_out_conversations=4, free_text=settings)
+    others = Shard.load(other / "train.npz")
+    assert {tuple(others.document(i)) for i in range(36, 43)} != {tuple(tokens) for tokens in drawn[:7]}
+
+
+def test_conversations_are_the_same_with_and_without_plain_documents(build, source, tmp_path):
+    (tmp_path / "a.txt").write_text("hello there " * 9)
+    out, _ = build(sources=[source], held_out_conversations=4)
+    more, _ = build("more", sources=[source], held_out_conversations=4, texts=[f"file:{tmp_path}/a.txt"])
+    assert (out / "held_out.npz").read_bytes() == (more / "held_out.npz").read_bytes()
+    train, plain = Shard.load(out / "train.npz"), Shard.load(more / "train.npz")
+    assert plain.ids.tolist() == [*train.ids, "a.txt@0"]
+    assert plain.tokens.tolist() == [*train.tokens, *tiny.tokenizer()("hello there " * 9)["input_ids"]]
+    spoken = plain.with_replies()
+    assert spoken.ids.tolist() == train.ids.tolist()
+    assert (spoken.tokens == train.tokens).all() and (spoken.assistant == train.assistant).all()
+
+
+def test_texts_are_cut_into_documents_each_text_once(build, source, tmp_path):
+    long, short = "hello there, the answer is " * 20, "how are you today?"
+    path = tiny.write_jsonl(tmp_path / "t.jsonl", [{"text": long}, {"text": short}, {"text": f" {long}"}])
+    (tmp_path / "more.txt").write_text("be kind " * 30)
+    texts = [f"file:{path}", f"file:{tmp_path}/more.txt"]
+    out, summary = build(sources=[source], held_out_conversations=4, texts=texts, text_tokens=50)
+    train = Shard.load(out / "train.npz")
+    wanted = tiny.tokenizer()(long)["input_ids"]
+    pieces = [i for i, name in enumerate(train.ids) if name.startswith("t.jsonl:1@")]
+    assert [train.document(i).tolist() for i in pieces] == [wanted[a : a + 50] for a in range(0, len(wanted), 50)]
+    assert not train.assistant[train.starts[36] :].any()
+    tokens = [len(tiny.tokenizer()(text)["input_ids"]) for text in (long, short)]
+    assert summary["sources"][texts[0]] == {"documents": len(pieces) + 1, "tokens": sum(tokens)}
+    _, summary = build("less", sources=[source], held_out_conversations=4, texts=texts, texts_max_tokens=tokens[0] + 2)
+    assert summary["sources"][texts[0]] == {"documents": 2, "tokens": tokens[0] + 2}
+    assert summary["sources"][texts[1]] == {"documents": 0, "tokens": 0}
+
+
+def test_text_that_is_measured_on_is_not_trained_on(build, source, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} is the answer")
+    (tmp_path / "copy.md").write_text("a  is the answer\n")
+    natural = f"file:{tmp_path}/*.txt"
+    with pytest.raises(corpus.CorpusError, match=r"copy\.md of file:.* is the same text as a\.txt of .*\*\.txt"):
+        build(sources=[source], held_out_conversations=4, texts=[f"file:{tmp_path}/copy.md"], natural_text=natural)
+    with pytest.raises(ValueError, match=r"texts and natural_text both name file:.*\*\.txt"):
+        CorpusConfig(sources=[source], texts=[natural], natural_text=natural)
+
+
+def test_more_held_out_documents_than_documents_are_refused():
+    with pytest.raises(ValueError, match="held_out_documents 5 must be fewer than documents 5"):
+        FreeTextConfig(documents=5, held_out_documents=5)
 
 
 def test_natural_text_is_tokenised_up_to_the_cap(build, source, tmp_path, monkeypatch):

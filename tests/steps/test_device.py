@@ -47,10 +47,29 @@ def test_each_stage_gets_a_gpu_of_its_own(two_gpus):
     with device.hold("cuda") as first:
         assert os.environ["CUDA_VISIBLE_DEVICES"] == first == "GPU-a"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    fd, _ = device._first_free(["GPU-a"])
+    lock = device._first_free(["GPU-a"], 1)
     with device.hold("cuda") as second:
         assert second == "GPU-b"
-    os.close(fd)
+    os.close(lock["GPU-a"])
+
+
+def test_several_gpus_are_held_at_once_or_none_is(two_gpus, monkeypatch):
+    with device.hold("cuda", 2) as both:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == both == "GPU-a,GPU-b"
+        assert device.gpus() == ["GPU-a", "GPU-b"]
+    lock = device._first_free(["GPU-b"], 1)
+    free_while_waiting = []
+
+    def other_ends(_):
+        free_while_waiting.extend(device._first_free(["GPU-a"], 1).items())
+        os.close(lock["GPU-b"])
+        os.close(free_while_waiting[0][1])
+
+    monkeypatch.setattr(device.time, "sleep", other_ends)
+    with device.hold("cuda", 2):
+        assert free_while_waiting[0][0] == "GPU-a", "what it could have had alone was left to others"
+    with pytest.raises(DeviceError, match="ask for 3 GPUs, but this machine shows 2"), device.hold("cuda", 3):
+        pass
 
 
 def test_only_allowed_gpus_are_taken(two_gpus, monkeypatch):

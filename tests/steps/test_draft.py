@@ -203,7 +203,7 @@ def test_killed_and_continued_is_undisturbed(inputs, made, tmp_path, monkeypatch
     assert summary["held_out"] == wanted_summary["held_out"]
 
 
-def _killed(*_: Any) -> None:
+def _killed(*_: Any, **__: Any) -> None:
     raise Killed
 
 

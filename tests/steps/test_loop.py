@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from steps.config import TrainConfig
 from steps.loop import MicroBatch, TrainingFailed, rate_factor, select_parameters, train
@@ -38,6 +43,23 @@ class FolderCheckpoints:
 
 
 # What trains, and how fast
+
+
+@pytest.mark.parametrize(
+    ("frozen", "kept"),
+    [
+        ("mlp", {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
+        ("attention", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}),
+        ("norms", {"input_layernorm", "post_attention_layernorm", "model.norm"}),
+        ("embeddings", {"model.embed_tokens", "lm_head"}),
+    ],
+)
+def test_a_frozen_part_is_left_out_whatever_the_rate(frozen, kept):
+    model = student(tie_word_embeddings=False)
+    _, (_, rest) = select_parameters(model, TrainConfig(mixer_lr=1e-3, rest_lr=1e-3, frozen=[frozen]))
+    left_out = {name.removesuffix(".weight") for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name.split(".", 3)[-1] if ".layers." in name else name for name in left_out} == kept
+    assert rest.keys() == {n for n, p in model.named_parameters() if p.requires_grad and ".mamba." not in n}
 
 
 @pytest.mark.parametrize(("mixer_lr", "rest_lr"), [(1e-3, 0.0), (0.0, 1e-4), (1e-3, 1e-4)])
@@ -200,6 +222,7 @@ def test_summary():
     assert summary["loss_first"] == summary["curve"][0][1]
     assert summary["loss_last"] == pytest.approx(sum(loss for _, loss in summary["curve"]) / 9)
     assert summary["train_seconds"] > 0
+    assert (summary["processes"], summary["utilisation"], summary["peak_memory_bytes"]) == (1, None, None), "a CPU"
 
 
 def test_progress_is_told(monkeypatch):
@@ -215,6 +238,102 @@ def test_progress_is_told(monkeypatch):
     assert set(told[0].figures) == {"loss", "tokens/s", "worst"}
     assert told[0].figures["worst"] == 7.0
     assert told[0].rate > 0
+
+
+def test_utilisation_is_told_where_the_peak_is_known(monkeypatch):
+    monkeypatch.setattr("steps.loop.peak_flops", lambda device: 1e9)
+    model = student()
+    summary = train(model, batches, loss_function, training.CONFIG, context(), forward_flops=1000)
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "A_log" not in n)
+    assert summary["flops_per_token"] == 6 * weights + 1000, "the head is the embedding, so the look-up is not counted"
+    assert summary["utilisation"] == pytest.approx(
+        summary["flops_per_token"] * summary["tokens_per_second"] / 1e9, rel=0.01
+    )
+
+
+def test_rates_count_all_positions_and_leave_out_the_time_of_compilation(monkeypatch):
+    clock = iter([0.0, *(n / 2 for n in range(1, 100))])
+    monkeypatch.setattr("steps.loop.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("steps.loop.CHECK_EVERY", 1)
+    wide = lambda number: dataclasses.replace(batches(number), positions=100)  # noqa: E731
+    summary = train(student(), wide, loss_function, TrainConfig(steps=5, batch_size=2), context())
+    assert (summary["tokens"], summary["positions"]) == (5 * 24, 500)
+    assert summary["tokens_per_second"] == pytest.approx(400 / (summary["train_seconds"] - 1.0), rel=0.01)
+
+
+# Work beside the training
+
+
+def working_threads() -> set[str]:
+    return {t.name for t in threading.enumerate() if t.name.startswith(("batches", "checkpoint"))}
+
+
+class FailingCheckpoints(FolderCheckpoints):
+    def save(self, step, write) -> None:
+        raise OSError("no space left")
+
+
+def raises_at(number: int):
+    def batch(asked: int) -> MicroBatch:
+        if asked == number:
+            raise RuntimeError("bad shard")
+        return batches(asked)
+
+    return batch
+
+
+@pytest.mark.parametrize("end", ["done", "batches", "loss", "checkpoint"])
+def test_no_thread_is_left(tmp_path, end):
+    source = raises_at(5) if end == "batches" else batches
+    loss = (lambda model, data: 1 / 0) if end == "loss" else loss_function
+    checkpoints = FailingCheckpoints(tmp_path) if end == "checkpoint" else FolderCheckpoints(tmp_path)
+    expected = {"batches": RuntimeError, "loss": ZeroDivisionError, "checkpoint": OSError}.get(end)
+    with pytest.raises(expected) if expected else nullcontext():
+        train(student(), source, loss, training.CONFIG, context(checkpoints))
+    assert working_threads() == set()
+
+
+def test_the_next_batches_are_packed_during_a_pass():
+    asked: list[int] = []
+    seen = threading.Event()
+
+    def source(number: int) -> MicroBatch:
+        asked.append(number)
+        if number == 2:
+            seen.set()
+        return batches(number)
+
+    def loss(model, data):
+        assert seen.wait(20), "the third is not packed while the first one is trained on"
+        return loss_function(model, data)
+
+    train(student(), source, loss, TrainConfig(steps=4, batch_size=2), context())
+    assert asked == [0, 1, 2, 3]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """What is written is the state of its step all the same."""
+    passed = threading.Event()
+
+    class Slow(FolderCheckpoints):
+        def save(self, step, write) -> None:
+            assert passed.wait(20), "nothing is trained on while the checkpoint of step 2 is written"
+            super().save(step, write)
+
+    def loss(model, data):
+        passes.append(data)
+        if len(passes) > 2 * 2 + 1:
+            passed.set()
+        return loss_function(model, data)
+
+    passes: list[torch.Tensor] = []
+    slow, plain = Slow(tmp_path / "slow"), FolderCheckpoints(tmp_path / "plain")
+    train(student(), batches, loss, training.CONFIG.model_copy(update={"steps": 4}), context(slow))
+    train(student(), batches, loss_function, training.CONFIG.model_copy(update={"steps": 4}), context(plain))
+    for file in ("trained.safetensors", "state.safetensors"):
+        ours, theirs = (load_file(kept.folder / "2" / file) for kept in (slow, plain))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 # Failing
@@ -279,7 +398,7 @@ def assert_same_end(model, summary, undisturbed) -> None:
 
 
 def test_killed_and_continued_is_undisturbed(tmp_path, undisturbed):
-    """kill −9 in the second half of step 8, after the checkpoint of step 6; the rest runs here."""
+    """kill −9 in step 7, with the checkpoint of step 6 on the disk; the rest runs here."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, str(Path(training.__file__)), str(tmp_path), "15"],
@@ -290,12 +409,15 @@ def test_killed_and_continued_is_undisturbed(tmp_path, undisturbed):
         cwd=ROOT,
     )
     assert process.stdout.readline() == "waiting\n"
+    checkpoints = training.store_checkpoints(tmp_path)
+    while checkpoints.latest() is None or checkpoints.latest()[0] < 6:  # it is written behind the training
+        assert process.poll() is None
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.stdin.close()
     process.stdout.close()
 
-    checkpoints = training.store_checkpoints(tmp_path)
     assert checkpoints.latest()[0] == 6
     asked = []
     model, summary = training.run(checkpoints, lambda number: asked.append(number) or batches(number))

@@ -121,6 +121,8 @@ BOTH = ("half", "none")
         ("kl_distill.loss=reverse", [], [*TRAINED[2:], *MEASURED], [*TRAINED[2:], *MEASURED]),
         ("init_from_attention.gate_bias=2.0", [], TRAINED + MEASURED, TRAINED + MEASURED),
         ("variants.half.attention=1/4", [], TRAINED + MEASURED, []),
+        ("layer_scores.method=restore", ["layer_scores"], TRAINED + MEASURED, []),  # none keeps no layer by a ratio
+        ("layer_scores.rounds=2", [], [], []),  # nothing is scored while layers interleave
         ('variants.none.set={"kl_distill.steps" = 7, "sft.steps" = 3}', [], [], ["sft", "dpo", *MEASURED]),
         ("corpus.held_out_conversations=9", SHARED[1:], TRAINED + MEASURED, TRAINED + MEASURED),
         ("benchmark.items_per_task=3", ["benchmark_teacher"], ["benchmark"], ["benchmark"]),
@@ -206,6 +208,124 @@ def test_a_draft_from_elsewhere_is_known_by_its_content(root):
     assert planned(changed, root) == set()
     (root / "small.txt").write_text("another small model")
     assert planned(changed, root) == {label for v in BOTH for label in of(v, *DRAFTED)}
+
+
+def scored(*overrides):
+    return settings("layer_scores.method=restore", "variants.quarter.attention=1/4", *overrides)
+
+
+def test_a_ranking_is_made_once_for_all_variants_that_keep_a_ratio(root):
+    computed, refs = run_all(scored(), root)
+    assert computed == {"layer_scores"} | {label for v in ("half", "quarter") for label in of(v, *TRAINED, *MEASURED)}
+    store = Store(root / ".mamballama" / "store")
+    upstream = {
+        v: store.manifest(pipeline.stored_ref(refs[v]["init_from_attention"])).payload["upstream"]
+        for v in ("half", "quarter", "none")
+    }
+    assert upstream["half"]["layer_scores"] == upstream["quarter"]["layer_scores"] == refs[""]["layer_scores"]["key"]
+    assert "layer_scores" not in upstream["none"]
+    assert run_all(scored(), root)[0] == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("layer_scores.rounds=2", True),
+        ("layer_scores.method=recall", True),
+        ("init_from_attention.gate_bias=2.0", True),
+        ("init_from_attention.measure_paper=false", False),
+        ("kl_distill.steps=60", False),
+        ("device=auto", False),
+    ],
+)
+def test_a_ranking_is_made_anew_where_it_could_change(root, monkeypatch, override, again):
+    monkeypatch.setattr(pipeline.device, "gpu_visible", lambda: False)
+    run_all(scored(), root)
+    assert ("layer_scores" in planned(scored(override), root)) == again
+
+
+def continued(*overrides):
+    """`quarter` continues from `half`; in the file it stands before it."""
+    raw = TOML.replace("[variants.half]", '[variants.quarter]\nattention = "1/4"\nfrom = "half"\n[variants.half]')
+    return config.override(config.parse_text(raw), overrides)
+
+
+def test_a_variant_continues_from_the_student_of_another(root):
+    computed, refs = run_all(continued(), root)
+    assert computed == of("quarter", *TRAINED, *MEASURED)
+    store = Store(root / ".mamballama" / "store")
+    start = store.manifest(pipeline.stored_ref(refs["quarter"]["init_from_attention"]))
+    assert start.meta["summary"] == {"teacher": "teacher", "corpus": "corpus", "previous": "kl_distill"}
+    assert start.payload["upstream"]["previous"] == refs["half"]["kl_distill"]["key"]
+    aligned = store.manifest(pipeline.stored_ref(refs["quarter"]["align"]))
+    assert aligned.payload["upstream"]["previous"] == refs["half"]["kl_distill"]["key"]
+    assert run_all(continued(), root)[0] == set()
+
+
+def test_a_chain_of_variants_is_made_from_its_end(root):
+    raw = TOML.replace("[variants.half]", '[variants.quarter]\nattention = "1/4"\nfrom = "half"\n[variants.half]')
+    chained = config.parse_text(raw.replace('attention = "0"', 'attention = "0"\nfrom = "quarter"'))
+    _, refs = run_all(chained, root)
+    upstream = Store(root / ".mamballama" / "store").manifest(pipeline.stored_ref(refs["none"]["align"])).payload
+    assert upstream["upstream"]["previous"] == refs["quarter"]["kl_distill"]["key"]
+    planned = {(line.variant, line.stage): line.key for line in plan.make_plan(chained, root)}
+    assert all(planned[variant, name] == ref["key"] for variant, made in refs.items() for name, ref in made.items())
+
+
+@pytest.mark.parametrize(
+    ("override", "of_quarter"),
+    [
+        ("dpo.beta=0.2", ["dpo", *MEASURED]),  # it continues from what was before
+        ('variants.half.set={"align.steps" = 7}', TRAINED + MEASURED),
+        ('variants.half.set={"sft.steps" = 7}', []),
+        ("variants.quarter.from_stage=sft", TRAINED + MEASURED),
+    ],
+)
+def test_a_variant_is_made_anew_where_what_it_continues_from_changes(root, override, of_quarter):
+    run_all(continued(), root)
+    planned_of_quarter = {label for label in planned(continued(override), root) if label.startswith("quarter/")}
+    assert planned_of_quarter == of("quarter", *of_quarter)
+    assert planned_of_quarter <= run_all(continued(override), root)[0]
+
+
+@pytest.mark.parametrize(
+    ("from_stage", "off", "played"),
+    [
+        ("dpo", "sft", "dpo"),
+        ("sft", "sft", "kl_distill"),
+        ("kl_distill", "kl_distill", "align"),
+        ("init_from_attention", "sft", "init_from_attention"),
+    ],
+)
+def test_a_variant_continues_from_the_nearest_student_that_there_is(root, from_stage, off, played):
+    changed = continued(f"variants.quarter.from_stage={from_stage}", f"{off}.enabled=false")
+    _, refs = run_all(changed, root)
+    start = Store(root / ".mamballama" / "store").manifest(pipeline.stored_ref(refs["quarter"]["init_from_attention"]))
+    assert start.meta["summary"]["previous"] == played
+
+
+def test_a_variant_that_comes_first_makes_what_it_continues_from(root):
+    """As its branch may where variants run side by side; the other branch then finds it stored."""
+    changed = continued("kl_distill.loss=reverse")
+    shared = {s: pipeline.run_stage(s, "", changed, {}, pipeline.Run("run-1", root)) for s in ("teacher",)}
+    for stage in ("corpus", "benchmark_teacher"):
+        shared[stage] = pipeline.run_stage(stage, "", changed, shared, pipeline.Run("run-1", root))
+    assert not pipeline.run_stage("init_from_attention", "quarter", changed, shared, pipeline.Run("run-7", root))["hit"]
+    computed, refs = run_all(changed, root)
+    assert "half/kl_distill" not in computed and "half/sft" in computed
+    store = Store(root / ".mamballama" / "store")
+    by_run = {}
+    for name in ("run-7", "run-8"):
+        entries = lineage.lineage(changed, refs, pipeline.Run(name, root), store)["stages"]
+        by_run[name] = {(e["variant"], e["stage"]): e["hit"] for e in entries}["half", "kl_distill"]
+    assert by_run == {"run-7": False, "run-8": True}
+
+
+def test_what_is_forced_forces_the_variants_that_continue_from_it(root):
+    run_all(continued(), root)
+    forced = planned(continued(), root, force="kl_distill")
+    assert of("quarter", *TRAINED, *MEASURED) <= forced
+    assert "half/align" not in forced
 
 
 def test_a_stage_is_handed_what_another_section_says_of_its_input(root):
@@ -307,7 +427,7 @@ def test_lineage_says_how_every_figure_came_about(root):
     found = lineage.lineage(changed, refs, pipeline.Run("run-2", root, "python flow run"), store)
     entries = {(e["variant"], e["stage"]): e for e in found["stages"]}
     assert (found["run"], found["command"], found["config"]["dpo"]["beta"]) == ("run-2", "python flow run", 0.2)
-    assert len(entries) == 3 + 2 * 8
+    assert len(entries) == 4 + 2 * 8
     assert entries["half", "draft"]["hit"] is None
     assert entries["half", "sft"] == {"variant": "half", "stage": "sft", "hit": None}
     assert entries["", "teacher"]["hit"] is True

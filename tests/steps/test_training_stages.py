@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import log_softmax
@@ -18,7 +19,7 @@ from corpora.preferences import PreferenceError
 from corpora.shards import Shard
 from hybrid import load_pretrained
 from steps import align, dpo, init_from_attention, kl_distill, sft
-from steps.config import AlignConfig, DPOConfig, InitStageConfig, KLConfig, SFTConfig
+from steps.config import AlignConfig, ConfigError, DPOConfig, InitStageConfig, KLConfig, SFTConfig
 from steps.students import token_batches
 from tests.corpora.tiny import write_jsonl
 from tests.steps import tiny_stages
@@ -159,6 +160,48 @@ def test_init_by_another_method(run, method):
     assert load_pretrained(out).config.conv_silu == (method == "paper")
 
 
+def test_near_identity_starts_from_mixers_that_say_little(chain, run):
+    summary, out = run(init_from_attention, INIT.model_copy(update={"method": "near_identity"}))
+    assert set(summary["start"]) == {"copy", "near_identity", "paper"}
+    assert summary["held_out"] == summary["start"]["near_identity"] != summary["start"]["copy"]
+    teacher, student = load_pretrained(chain.inputs["kl"]["teacher"]), load_pretrained(out)
+    for layer in (0, 2):
+        expected = teacher.blocks[layer].self_attn.o_proj.weight.float() * 0.01
+        torch.testing.assert_close(student.blocks[layer].mamba.out_proj.weight, expected)
+    config = INIT.model_copy(update={"method": "near_identity", "attention": "0"})
+    _, continued = run(init_from_attention, config, previous=out)
+    for layer in (0, 2):  # what was scaled before is carried over as it is
+        expected = student.blocks[layer].mamba.out_proj.weight
+        assert torch.equal(load_pretrained(continued).blocks[layer].mamba.out_proj.weight, expected)
+
+
+def test_init_continues_from_a_student(chain, run):
+    config = INIT.model_copy(update={"attention": "0"})
+    summary, out = run(init_from_attention, config, previous=chain.out["kl"])
+    assert (summary["replaced_layers"], summary["carried_over"]) == ([0, 1, 2], [0, 2])
+    assert [row["layer"] for row in summary["layers"]] == [1]
+    assert 0 < summary["layers"][0]["relative_error"] < 1
+    assert set(summary["start"]) == {"copy", "calibrated"}
+    before, after = (dict(load_pretrained(folder).named_parameters()) for folder in (chain.out["kl"], out))
+    assert {name.split("mamba")[0] for name in after.keys() - before.keys()} == {"model.layers.1."}
+    for name in after.keys() & before.keys():
+        assert torch.equal(after[name], before[name]), name
+    embeddings = "model.embed_tokens.weight"
+    assert not torch.equal(after[embeddings], load_pretrained(chain.inputs["kl"]["teacher"]).model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attention": [0, 1]}, r"layers \[0\] is to be kept, but they have none; choose among layers \[1\]"),
+        ({"attention": [], "method": "paper"}, "need one init_from_attention.method"),
+    ],
+)
+def test_init_refuses_what_a_student_cannot_give(chain, run, change, said):
+    with pytest.raises(ConfigError, match=said):
+        run(init_from_attention, INIT.model_copy(update=change), previous=chain.out["kl"])
+
+
 # First losses, by hand
 
 
@@ -172,6 +215,31 @@ def test_align_loss_by_hand(chain):
             off = student.model.layers[layer].mamba(given, seq_idx).double() - wanted
             errors.append((off.pow(2).sum() / wanted.double().pow(2).sum()).item())
     assert chain.summary["align"]["loss_first"] == pytest.approx(sum(errors) / 2, rel=1e-4)
+
+
+def test_align_of_a_student_that_continues_fits_the_new_mixers_to_the_attention_they_replace(chain, run):
+    previous = chain.out["kl"]
+    _, start = run(init_from_attention, INIT.model_copy(update={"attention": []}), previous=previous)
+    summary, out = run(align, ALIGN, start, previous=previous)
+    before, after = (dict(load_pretrained(folder).named_parameters()) for folder in (start, out))
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[2] for name in moved} == {"1"} and all(".mamba." in name for name in moved)
+
+    batch = first_batch(chain.inputs["align"], ALIGN)
+    text, seq_idx = tensors(batch.tokens, batch.seq_idx)
+    with torch.no_grad():
+        given, wanted = load_pretrained(previous).mixing(text, seq_idx, (1,))[1]
+        off = load_pretrained(start).blocks[1].mamba(given, seq_idx).double() - wanted
+    assert summary["loss_first"] == pytest.approx((off.pow(2).sum() / wanted.double().pow(2).sum()).item(), rel=1e-4)
+
+
+def test_align_leaves_a_student_without_new_mixers_as_it_is(chain, run):
+    previous = chain.out["kl"]
+    _, start = run(init_from_attention, INIT, previous=previous)
+    summary, out = run(align, ALIGN, start, previous=previous)
+    assert summary["steps"] == 0 and summary["held_out"]["kl"] > 0
+    before, after = (dict(load_pretrained(folder).named_parameters()) for folder in (previous, out))
+    assert all(torch.equal(before[name], after[name]) for name in after)
 
 
 def test_kl_by_hand(chain, run):
@@ -194,9 +262,12 @@ def test_kl_by_hand(chain, run):
     other = KL.model_copy(update={"steps": 1, "loss": "reverse", "temperature": 2.0, "ce_weight": 0.5})
     summary, _ = run(kl_distill, other, chain.out["align"])
     assert summary["loss_first"] == pytest.approx(reverse + 0.5 * nll, rel=1e-4)
+    weighed = KL.model_copy(update={"steps": 1, "kl_weight": 0.1, "ce_weight": 1.0})
+    summary, _ = run(kl_distill, weighed, chain.out["align"])
+    assert summary["loss_first"] == pytest.approx(0.1 * forward + nll, rel=1e-4)
 
 
-def test_sft_scores_replies_only(chain):
+def test_sft_scores_replies_only_or_all(chain, run):
     batch = first_batch(chain.inputs["sft"], SFT)
     text, seq_idx, targets = tensors(batch.tokens, batch.seq_idx, batch.targets)
     made = token_batches(
@@ -215,7 +286,29 @@ def test_sft_scores_replies_only(chain):
     student = load_pretrained(chain.inputs["sft"]["student"])
     nll = -log_softmax(student(text, seq_idx).double(), -1).gather(2, targets[..., None])[..., 0]
     assert chain.summary["sft"]["loss_first"] == pytest.approx(nll[scored].mean().item(), rel=1e-4)
-    assert nll[torch.from_numpy(batch.loss_mask)].mean() != pytest.approx(nll[scored].mean().item(), rel=1e-2)
+    whole = nll[torch.from_numpy(batch.loss_mask)].mean().item()
+    assert whole != pytest.approx(nll[scored].mean().item(), rel=1e-2)
+    summary, _ = run(sft, SFT.model_copy(update={"steps": 1, "tokens": "all"}), chain.out["kl"])
+    assert summary["loss_first"] == pytest.approx(whole, rel=1e-4)
+
+
+def test_sft_leaves_out_what_holds_no_reply(chain, tmp_path):
+    """A batch of a long plain document would hold no token that counts."""
+    shard = Shard.load(chain.inputs["sft"]["corpus"] / "train.npz")
+    plain = np.arange(2000, dtype=np.uint32) % 300
+    documents = [*(shard.document(i) for i in range(len(shard))), plain]
+    masks = [*np.split(shard.assistant, shard.starts[1:-1]), np.zeros(len(plain), bool)]
+    Shard.of(documents, [*shard.ids, "plain"], masks).save(tmp_path / "train.npz")
+    context = tiny_stages.context(tmp_path)
+    mixed, own = (
+        token_batches(folder / "train.npz", SFT, context, "assistant_loss")
+        for folder in (tmp_path, chain.inputs["sft"]["corpus"])
+    )
+    assert all(torch.equal(mixed(number).data.tokens, own(number).data.tokens) for number in range(30))
+    names = {
+        name for number in range(30) for name in token_batches(tmp_path / "train.npz", SFT, context)(number).documents
+    }
+    assert "plain" in names
 
 
 # Preferences
@@ -283,4 +376,4 @@ def test_bfloat16_products_keep_trained_weights_in_float32(run):
 def test_training_a_student_without_mixers_is_an_error(run):
     _, student = run(init_from_attention, INIT.model_copy(update={"attention": "1"}))
     with pytest.raises(ValueError, match="nothing to train"):
-        run(align, ALIGN, student)
+        run(kl_distill, KL.model_copy(update={"rest_lr": 0.0}), student)
