@@ -78,6 +78,8 @@ def _environment() -> Environment:
         "size": text.size,
         "duration": text.duration,
         "p_value": text.p_value,
+        "benchmark": text.benchmark_name,
+        "uncertain": text.uncertain,
         "json": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
     }
     env.globals |= {
@@ -94,6 +96,6 @@ def _environment() -> Environment:
         "z95": verdict.Z95,
         "missing": text.MISSING,
         "as_points": text.points,
-        "as_number": text.number,
+        "as_signed": text.signed,
     }
     return env

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from reports.svg import Axis, ForestRow, Point, Series, forest, layer_strip, line_chart, slot
-from reports.text import interval, number, percent, points, size, tick
+from reports.text import benchmark_name, interval, number, percent, points, signed, size, tick, uncertain
 from reports.verdict import Z95, is_share
 
 STAGE_LABELS = {"init": "init", "align": "align", "kl_distill": "KL", "sft": "SFT", "dpo": "DPO", "benchmark": "final"}
@@ -62,11 +62,11 @@ def _forest(kind: str, higher: bool, pairs: Sequence[tuple[int, str, Mapping[str
         for position, (i, name, c) in enumerate(p for p in pairs if (p[2]["benchmark"], p[2]["metric"]) == label):
             low = c["difference"] if c["ci_low"] is None else c["ci_low"]
             high = c["difference"] if c["ci_high"] is None else c["ci_high"]
-            show = points if kind == "points" else number
+            show = points if kind == "points" else signed
             note = f"{show(c['difference'])} {interval(c['ci_low'], c['ci_high'], show)}"
             rows.append(
                 ForestRow(
-                    f"{c['benchmark']}, n={c['n']}",
+                    f"{benchmark_name(c['benchmark'])}, n={c['n']}",
                     name,
                     slot(i),
                     scale * c["difference"],
@@ -113,23 +113,34 @@ def _layer_scores(scores: Mapping[str, Any] | None) -> Markup | None:
         return None
     marks = []
     for s in sorted(scores["layers"], key=lambda s: s["layer"]):
-        score, error = s["score"], s["se"]
-        low, high = (None, None) if error is None else (score - Z95 * error, score + Z95 * error)
-        marks.append(Point(s["layer"], score, low, high, f"layer {s['layer']}: {number(score)}"))
-    y = Axis(scores["unit"], include=(0.0,))
-    title = f"What the attention of each layer is worth, by {scores['method']}, with 95 % intervals"
-    return line_chart(title, [Series("score", 0, marks)], Axis("layer"), y, width=960)
+        score, spread = s["score"], None if s["se"] is None else Z95 * s["se"]
+        low, high = (None, None) if spread is None else (score - spread, score + spread)
+        marks.append(Point(s["layer"], score, low, high, f"layer {s['layer']}: {uncertain(score, spread)}"))
+    title = "What the attention of each layer is worth, with 95 % intervals"
+    series = [Series("", 0, marks, joined=False)]
+    return line_chart(title, series, _layer_axis(series), Axis("score", include=(0.0,)), width=960)
+
+
+def _layer_axis(series: Sequence[Series]) -> Axis:
+    last = int(max(p.x for s in series for p in s.points))
+    return Axis("layer", ticks=[(layer, str(layer)) for layer in range(0, last + 1, 5)])
 
 
 def _layers(variants: Sequence[Mapping[str, Any]]) -> Markup | None:
     series = [
-        Series(v["name"], slot(i), [Point(e["layer"], e["relative_error"]) for e in v["layer_errors"] if _has(e)])
+        Series(
+            v["name"],
+            slot(i),
+            [Point(e["layer"], e["relative_error"]) for e in v["layer_errors"] if _has(e)],
+            joined=False,
+        )
         for i, v in enumerate(variants)
     ]
     if not any(s.points for s in series):
         return None
     y = Axis("relative error", include=(0.0,))
-    return line_chart("Error of every new mixer right after initialisation", series, Axis("layer"), y, width=960)
+    title = "Error of every new mixer right after initialisation"
+    return line_chart(title, series, _layer_axis(series), y, width=960)
 
 
 def _has(error: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ each has a marker shape of its own so that nothing rests on colour alone. Every 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor, log10
 
 from markupsafe import Markup, escape
@@ -16,6 +16,8 @@ from reports.text import tick
 
 SLOTS = 7
 """Classes s0 … s6 in the style sheet; later variants take them again from s1."""
+LEFT = 54
+"""Least room left of a line chart's axis; its legend begins there."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
+    """name: as in the legend; "" stands in none. joined: draw the line through the points."""
+
     name: str
     slot: int
     points: Sequence[Point]
     markers: bool = True
     dashed: bool = False
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,14 @@ def line_chart(
     """Lines with optional markers and 95 % whiskers. rule: a horizontal reference line at this y."""
     series = [_drawable(s, x.log, y.log) for s in series]
     series = [s for s in series if s.points]
-    left, right, top, bottom = 54, 26, 30 + 18 * _legend_lines(series, width), 44
+    right, top, bottom = 26, 30 + 18 * _legend_lines(series, width), 44
     xs = [p.x for s in series for p in s.points]
     ys = [v for s in series for p in s.points for v in (p.y, p.low, p.high) if v is not None]
-    across = _Scale(x, xs, left, width - right)
     up = _Scale(y, ys if rule is None else [*ys, rule], height - bottom, top)
+    left = max(LEFT, 27 + 6.5 * max(len(label) for _, label in up.ticks))  # the axis's name stands before its numbers
+    across = _Scale(x, xs, left, width - right)
 
-    parts = [_heading(title), _legend(series, left, width)]
+    parts = [_heading(title), _legend(series, width)]
     for value, label in up.ticks:
         parts.append(tag("line", class_="grid", x1=left, x2=width - right, y1=up(value), y2=up(value)))
         parts.append(tag("text", label, class_="tick", x=left - 7, y=up(value) + 3.5, text_anchor="end"))
@@ -147,7 +153,8 @@ def line_chart(
         parts.append(tag("line", class_="rule", x1=left, x2=width - right, y1=up(rule), y2=up(rule)))
     for s in series:
         placed = " ".join(f"{_plain(across(p.x))},{_plain(up(p.y))}" for p in s.points)
-        parts.append(tag("polyline", class_=f"line s{s.slot}{' dashed' if s.dashed else ''}", points=placed))
+        if s.joined:
+            parts.append(tag("polyline", class_=f"line s{s.slot}{' dashed' if s.dashed else ''}", points=placed))
         for p in s.points if s.markers else ():
             note = p.note or f"{s.name}: {y.show(p.y)} at {x.show(p.x)}"
             parts.append(_marked(s.slot, across(p.x), up(p.y), note, _whisker(p, across, up)))
@@ -158,7 +165,9 @@ def forest(
     title: str, rows: Sequence[ForestRow], axis: Axis, *, delta: float | None = None, width: int = 960
 ) -> Markup:
     """Paired differences with intervals, one row a benchmark and variant; a line at 0, a dashed one at the margin."""
-    left, right, top, bottom, step = 260, 160, 44, 46, 24
+    top, bottom, step = 44, 46, 24
+    widest = 6.8 * max(len(r.label) for r in rows) + 6.6 * max(len(r.name) for r in rows)
+    left, right = min(round(widest) + 44, width // 2), 24 + round(6.2 * max(len(r.note) for r in rows))
     height = top + bottom + step * len(rows) + 8 * sum(r.first for r in rows)
     bounds = [v for r in rows for v in (r.low, r.high)] + [0.0] + ([] if delta is None else [delta])
     across = _Scale(axis, bounds, left, width - right)
@@ -231,6 +240,7 @@ def _plain(value: object) -> str:
 
 def _frame(title: str, width: int, height: int, parts: Sequence[str], look: str = "chart") -> Markup:
     size = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height}
+    look += " broad" if look == "chart" and width > 600 else ""
     return tag("svg", tag("title", title), *parts, class_=look, role="img", **size)
 
 
@@ -241,7 +251,7 @@ def _heading(title: str) -> Markup:
 def _drawable(s: Series, log_x: bool, log_y: bool) -> Series:
     """Without the points that a logarithmic axis cannot show."""
     points = [p for p in s.points if (not log_x or p.x > 0) and (not log_y or p.y > 0)]
-    return Series(s.name, s.slot, points, s.markers, s.dashed)
+    return replace(s, points=points)
 
 
 def _marked(number: int, x: float, y: float, note: str, whisker: Markup) -> Markup:
@@ -259,12 +269,15 @@ def _legend_width(s: Series) -> float:
 
 
 def _legend_lines(series: Sequence[Series], width: int) -> int:
-    return 0 if not series else 1 + max(line for _, _, line in _legend_places(series, 54, width))
+    return max((1 + line for _, _, line in _legend_places(series, width)), default=0)
 
 
-def _legend_places(series: Sequence[Series], left: float, width: int) -> list[tuple[Series, float, int]]:
-    places, x, line = [], left, 0
+def _legend_places(series: Sequence[Series], width: int) -> list[tuple[Series, float, int]]:
+    places: list[tuple[Series, float, int]] = []
+    left, x, line = float(LEFT), float(LEFT), 0
     for s in series:
+        if not s.name:
+            continue
         if x > left and x + _legend_width(s) > width:
             x, line = left, line + 1
         places.append((s, x, line))
@@ -272,9 +285,9 @@ def _legend_places(series: Sequence[Series], left: float, width: int) -> list[tu
     return places
 
 
-def _legend(series: Sequence[Series], left: float, width: int) -> Markup:
+def _legend(series: Sequence[Series], width: int) -> Markup:
     parts = []
-    for s, x, line in _legend_places(series, left, width):
+    for s, x, line in _legend_places(series, width):
         y = 30.0 + 18 * line
         parts.append(marker(s.slot, x + 6, y))
         parts.append(tag("text", s.name, class_="label", x=x + 16, y=y + 4))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from reports.text import MISSING, count, interval, number, percent, ratio, size
+from reports.text import MISSING, TEXTS, count, interval, number, percent, ratio, size
 from reports.verdict import Z95, is_share
 
 NOT_RUN = "not run"
-TEXTS = {"held_out": "held-out conversations", "natural": "natural text"}
 
 Cell = dict[str, str]
 Row = dict[str, Any]

@@ -1,4 +1,7 @@
-"""Numbers as a reader sees them: an em dash for a missing value, a true minus sign, thin spaces between thousands."""
+"""Numbers and names as a reader sees them.
+
+An em dash for a missing value, a true minus sign, thin spaces between thousands.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,17 @@ from math import floor, log10
 
 MISSING = "—"
 _THIN = "\u202f"
+TEXTS = {
+    "held_out": "held-out conversations",
+    "held_out_text": "held-out free text of the teacher",
+    "natural": "natural text",
+}
+"""What fidelity is measured on, in the order of the tables."""
+
+
+def benchmark_name(benchmark: str) -> str:
+    """A text in words, a task by its own name."""
+    return TEXTS.get(benchmark, benchmark)
 
 
 def count(value: float | None) -> str:
@@ -26,6 +40,14 @@ def number(value: float | None, digits: int = 3) -> str:
         return f"{value:.{digits - 1}e}".replace("-", "−")
     decimals = max(0, digits - 1 - floor(log10(abs(value))))
     return f"{value:.{decimals}f}".replace("-", "−")
+
+
+def uncertain(value: float | None, half_width: float | None) -> str:
+    """The value with no more decimals than its interval has with two significant figures: "0.223 ± 0.048"."""
+    if value is None or not half_width:
+        return number(value)
+    decimals = max(0, 1 - floor(log10(half_width)))
+    return f"{value:.{decimals}f} ± {half_width:.{decimals}f}".replace("-", "−")
 
 
 def tick(value: float) -> str:

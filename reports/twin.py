@@ -11,6 +11,11 @@ from reports.verdict import headline, run_flags, variant_flags
 
 SCHEMA = 1
 TRAINING = ("align", "kl_distill", "sft", "dpo")
+THROUGHPUT = (
+    *("steps", "tokens", "positions", "train_seconds", "tokens_per_second", "flops_per_token", "utilisation"),
+    *("peak_memory_bytes", "processes"),
+)
+"""How training ran, as `steps.loop` writes it; `steps.utilisation` defines the utilisation."""
 SAMPLE_CHARACTERS = 1500
 CURVE_POINTS = 120
 
@@ -138,6 +143,7 @@ def _variant(
         "attention_layers": attention,
         "replaced_layers": replaced,
         "layers": len(attention) + len(replaced),
+        "continues": _continues(data.lineage, name),
         "method": init.get("method"),
         "layer_choice": (init.get("layer_choice") or {}).get("method"),
         "starts": [
@@ -146,6 +152,7 @@ def _variant(
         "layer_errors": init.get("layers") or [],
         "quality": _quality(init, training, benchmark),
         "training": training,
+        "draft": _training("draft", own.get("draft")),
         "benchmark": benchmark,
         "comparisons": [_named(c, COMPARISON) for c in found.comparisons] if found else [],
         "speculation": _speculation(data.speculation.get(name), own),
@@ -154,6 +161,12 @@ def _variant(
     variant["headline"] = headline(variant, teacher)
     variant["flags"] = variant_flags(variant, teacher, list(own.values()))
     return variant
+
+
+def _continues(lineage: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The student, and its stage, whose weights this one starts from; None for one that is made from the teacher."""
+    settings: Mapping[str, Any] = (lineage.get("config", {}).get("variants") or {}).get(name) or {}
+    return {"variant": settings["from"], "stage": settings.get("from_stage")} if settings.get("from") else None
 
 
 def _quality(
@@ -190,7 +203,7 @@ def _training(stage: str, record: Mapping[str, Any] | None) -> dict[str, Any]:
     if record is None:
         return {"stage": stage, "ran": False}
     s = record["summary"]
-    names = ("steps", "tokens", "tokens_per_second", "loss_first", "loss_last", "peak_memory_bytes", "held_out")
+    names = (*THROUGHPUT, "loss_first", "loss_last", "held_out")
     return (
         {"stage": stage, "ran": True, "hit": record["hit"], "seconds": record["seconds"], "device": record["device"]}
         | _named(s, names)
@@ -306,14 +319,19 @@ def _shared(a: str, b: str) -> int:
 
 
 def _differences(variants: Sequence[str], stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Leaves of the stages' own configuration that are not the same for all variants."""
-    leaves: dict[str, dict[str, Any]] = {}
+    """Stages that not all variants run, and leaves of the stages' own configuration that are not the same for all
+    variants that run them."""
+    staged: dict[str, dict[str, Mapping[str, Any]]] = {}
     for s in stages:
-        if s["variant"]:
-            for leaf, value in flat(s["config"]).items():
-                leaves.setdefault(f"{s['stage']}.{leaf}", {})[s["variant"]] = value
-    return [
-        {"leaf": leaf, "values": values}
-        for leaf, values in leaves.items()
-        if len({repr(values.get(v)) for v in variants}) > 1
-    ]
+        if s["variant"] in variants:
+            staged.setdefault(s["stage"], {})[s["variant"]] = s
+    found = []
+    for stage, records in staged.items():
+        ran = {v: flat(s["config"]) for v, s in records.items() if s["hit"] is not None}
+        if ran and len(ran) < len(variants):
+            found.append({"leaf": stage, "values": {v: "on" if v in ran else "off" for v in variants}})
+        for leaf in dict.fromkeys(leaf for settings in ran.values() for leaf in settings):
+            values = {v: settings[leaf] for v, settings in ran.items() if leaf in settings}
+            if len({repr(settings.get(leaf)) for settings in ran.values()}) > 1:
+                found.append({"leaf": f"{stage}.{leaf}", "values": values})
+    return found

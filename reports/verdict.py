@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from reports.text import count, number, percent, points, ratio, signed
+from reports.text import benchmark_name, count, number, percent, points, ratio, signed
 
 # Limits behind the flags. They judge nothing; they say when a figure needs the reader's attention.
 FEW_ITEMS = 200
@@ -21,6 +21,8 @@ Z95 = 1.96
 
 SHARES = ("acc", "exact_match", "mc", "top1", "em")
 
+UNITS = {"nll": "nats per token"}
+
 Flag = dict[str, str]
 
 
@@ -33,7 +35,7 @@ def difference(comparison: Mapping[str, Any]) -> str:
     """The paired difference with its unit."""
     if is_share(comparison["metric"]):
         return f"{points(comparison['difference'])} points"
-    return f"{signed(comparison['difference'])} {comparison['metric']}"
+    return f"{signed(comparison['difference'])} {UNITS.get(comparison['metric'], comparison['metric'])}"
 
 
 def spans_zero(comparison: Mapping[str, Any]) -> bool:
@@ -77,6 +79,10 @@ def variant_flags(
         *_training_flags(variant),
         *_speculation_flags(variant["speculation"]),
     ]
+    off = [t["stage"] for t in variant["training"] if not t["ran"]]
+    off += ["speculative_profile"] if variant["speculation"] is None else []
+    if off:
+        flags.append(_flag("note", f"Not run: {', '.join(off)}."))
     reused = [s["stage"] for s in stages if s["hit"]]
     if reused:
         flags.append(_flag("note", f"{len(reused)} of {len(stages)} stages come from the cache: {', '.join(reused)}."))
@@ -90,7 +96,10 @@ def run_flags(twin: Mapping[str, Any]) -> list[Flag]:
     if twin["teacher"]["benchmark"] is None:
         flags.append(_flag("serious", "The teacher was not benchmarked: no figure here has its baseline."))
     else:
-        flags += _chance_flags(twin["teacher"]["benchmark"]["tasks"])
+        compared = {(c["benchmark"], c["metric"]) for v in twin["variants"] for c in v["comparisons"]}
+        known = {benchmark for benchmark, _ in compared}
+        tasks = twin["teacher"]["benchmark"]["tasks"]
+        flags += _chance_flags([t for t in tasks if t["task"] not in known or (t["task"], t["metric"]) in compared])
     if not twin["variants"]:
         flags.append(_flag("serious", "The run has no variant."))
     if not twin["run"]["git_commit"]:
@@ -207,8 +216,8 @@ def _chance_flags(tasks: Sequence[Mapping[str, Any]]) -> list[Flag]:
     return [
         _flag(
             "caution",
-            f"The teacher is not above chance on {t['task']} ({t['metric']} {percent(t['score'])}, n={count(t['n'])}, "
-            f"chance {percent(t['chance'])}): a student loses nothing there.",
+            f"The teacher is not measurably above chance on {t['task']} ({t['metric']} {percent(t['score'])}, "
+            f"n={count(t['n'])}, chance {percent(t['chance'])}): a student has nothing to lose there.",
         )
         for t in tasks
         if t["chance"] is not None and t["ci_low"] is not None and t["ci_low"] <= t["chance"]
@@ -222,7 +231,7 @@ def _comparison_flags(comparisons: Sequence[Mapping[str, Any]], benchmark: Mappi
         return [_flag("caution", "No paired comparison with the teacher was made.")]
     flags = []
     tasks = [c for c in comparisons if is_share(c["metric"])]
-    worse = [f"{c['benchmark']} ({difference(c)})" for c in comparisons if c["verdict"] == "worse"]
+    worse = [f"{benchmark_name(c['benchmark'])} ({difference(c)})" for c in comparisons if c["verdict"] == "worse"]
     if worse:
         flags.append(_flag("serious", f"Worse than the teacher: {', '.join(worse)}."))
     open_ = [c["benchmark"] for c in tasks if c["verdict"] == "inconclusive"]
@@ -233,7 +242,9 @@ def _comparison_flags(comparisons: Sequence[Mapping[str, Any]], benchmark: Mappi
         smallest = ", ".join(f"{c['benchmark']} n={c['n']}, MDE {points(c['mde']).lstrip('+')}" for c in small)
         flags.append(_flag("caution", f"Few items, so only large differences could be seen (points): {smallest}."))
     narrow = [
-        f"{c['benchmark']} ({c['clusters']})" for c in comparisons if c.get("clusters", FEW_CLUSTERS) < FEW_CLUSTERS
+        f"{benchmark_name(c['benchmark'])} ({c['clusters']})"
+        for c in comparisons
+        if c.get("clusters", FEW_CLUSTERS) < FEW_CLUSTERS
     ]
     if narrow:
         flags.append(_flag("caution", f"Intervals rest on few independent clusters: {', '.join(narrow)}."))
@@ -242,9 +253,6 @@ def _comparison_flags(comparisons: Sequence[Mapping[str, Any]], benchmark: Mappi
 
 def _training_flags(variant: Mapping[str, Any]) -> list[Flag]:
     flags = []
-    off = [t["stage"] for t in variant["training"] if not t["ran"]]
-    if off:
-        flags.append(_flag("note", f"Not run: {', '.join(off)}."))
     for t in variant["training"]:
         first, last = t.get("loss_first"), t.get("loss_last")
         if t["ran"] and first is not None and last is not None and last >= first:
@@ -264,7 +272,7 @@ def _training_flags(variant: Mapping[str, Any]) -> list[Flag]:
 
 def _speculation_flags(profile: Mapping[str, Any] | None) -> list[Flag]:
     if profile is None:
-        return [_flag("note", "Not run: speculative_profile.")]
+        return []
     flags = []
     if profile["synthetic"]:
         flags.append(_flag("caution", "Speculation is SYNTHETIC: acceptance was injected, not measured."))

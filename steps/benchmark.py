@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DECODE_PROMPT_TOKENS = 16
+PLAIN_TEXTS = ("held_out_text", "natural")
+"""Documents of the corpus that are no conversations, where it holds them: the teacher's own, and what neither wrote."""
 # One metric per benchmark enters the comparison: (metric, higher is better). δ counts accuracy, or nats of nll.
 PRIMARY = {
     "held_out": ("nll", False),
+    "held_out_text": ("nll", False),
     "natural": ("nll", False),
     "hellaswag_100": ("acc_norm", True),
     "truthfulqa_mc1_100": ("acc", True),
@@ -50,14 +53,15 @@ def run(config: BenchmarkConfig, inputs: Mapping[str, Path], out: Path, context:
     model = load_pretrained(inputs[name], context.device, dtype)
     teacher = load_pretrained(inputs["teacher"], context.device, dtype) if name == "student" else None
     tokenizer = AutoTokenizer.from_pretrained(inputs["teacher"])
-    held_out, natural = inputs["corpus"] / "held_out.npz", inputs["corpus"] / "natural.npz"
+    held_out = inputs["corpus"] / "held_out.npz"
     texts = {
         "held_out": fidelity.conversation_blocks(
             held_out, config.held_out_conversations, config.seq_len, config.skip_positions
         )
     }
-    if natural.is_file() and config.natural_tokens:
-        texts["natural"] = fidelity.text_blocks(natural, config.natural_tokens, config.seq_len)
+    for text in PLAIN_TEXTS if config.natural_tokens else ():
+        if (shard := inputs["corpus"] / f"{text}.npz").is_file():
+            texts[text] = fidelity.text_blocks(shard, config.natural_tokens, config.seq_len)
     progress = _Parts(context, len(texts) + len(config.tasks) + len(config.decode_batches) + bool(config.samples))
 
     records: list[dict[str, Any]] = []

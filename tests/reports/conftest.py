@@ -67,6 +67,7 @@ def answers(name, seed):
 def benchmark_summary(name, rows):
     held_out = {"ppl": 3.05, "tokens": 6896, "documents": 32}
     natural = {"ppl": 24.1, "tokens": 8192, "documents": 40}
+    held_out_text = {"ppl": 5.6, "tokens": 4096, "documents": 24}
     if name != "teacher":
         kl = KL[name]
         tail = {
@@ -77,12 +78,13 @@ def benchmark_summary(name, rows):
             "top1": 0.92 * float(np.exp(-0.55 * kl)),
         }
         held_out |= {"kl_mean": kl, "ppl": 3.05 * np.exp(0.6 * kl), "ppl_ratio": np.exp(0.6 * kl)} | tail
+        held_out_text |= {"kl_mean": 1.1 * kl, "ppl": 5.6 * np.exp(0.8 * kl), "ppl_ratio": np.exp(0.8 * kl)} | tail
         natural |= {"kl_mean": 1.3 * kl, "ppl": 24.1 * np.exp(kl), "ppl_ratio": np.exp(kl)} | tail
     acc = rows[rows.metric == "acc"].groupby("benchmark")["score"].mean()
     mamba = {"teacher": 0, "half": 15, "quarter": 23}[name]
     return {
         "model": name,
-        "fidelity": {"held_out": held_out, "natural": natural},
+        "fidelity": {"held_out": held_out, "held_out_text": held_out_text, "natural": natural},
         "tasks": {
             task: {"acc": float(acc[task]), "n": n, "chance": 0.25 if task == "mmlu_dev" else 0.21}
             for task, (n, _) in TASKS.items()
@@ -155,8 +157,10 @@ def training(first, last, steps, kl):
     decay = np.exp(-np.arange(steps) / (steps / 4))
     noise = 1 + 0.05 * np.random.default_rng(steps).normal(size=steps)
     curve = [[i + 1, float((last + (first - last) * d) * e)] for i, (d, e) in enumerate(zip(decay, noise, strict=True))]
-    figures = {"steps": steps, "tokens": steps * 1024, "tokens_per_second": 412.0, "peak_memory_bytes": 3_400_000_000}
+    figures = {"steps": steps, "tokens": steps * 1000, "positions": steps * 1024, "train_seconds": 2.5 * steps}
+    figures |= {"tokens_per_second": 412.0, "flops_per_token": 1.1e9, "utilisation": None, "processes": 1}
     return figures | {
+        "peak_memory_bytes": None,
         "loss_first": first,
         "loss_last": last,
         "curve": curve,

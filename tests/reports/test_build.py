@@ -8,7 +8,7 @@ import pytest
 from evals.stats import wilson
 from reports.build import write_report
 from reports.rows import load
-from reports.text import count, number, percent, points
+from reports.text import TEXTS, count, number, percent, points
 from reports.twin import SAMPLE_CHARACTERS, teacher_name, thin
 
 SECTIONS = {"verdict", "comparison", "differences", "stages", "training", "cost", "speculation", "samples", "lineage"}
@@ -152,7 +152,7 @@ def test_the_choice_of_layers_is_shown_with_what_each_variant_keeps(built, examp
     assert "A student without attention starts from 1.75" in text and f"n={count(3456)} in 16 texts" in text
     section = html[html.index("Which layers keep their attention") :]
     first, eighth = (re.search(rf"<tr><td class=.num.>{rank}</td>.*?</tr>", section).group() for rank in (1, 8))
-    assert first.count("<td>attention</td>") == 2 and "0.240<small>± 0.039</small>" in first
+    assert first.count("<td>attention</td>") == 2 and "0.240 ± 0.039" in first
     assert eighth.count("<td>attention</td>") == 0
     raw = json.loads(example["lineage"].read_text())
     raw["stages"] = [s for s in raw["stages"] if s["stage"] != "layer_scores"]
@@ -176,7 +176,72 @@ def test_no_winner_in_bold_in_the_tables(built):
 def test_a_switched_off_stage_reads_not_run(built):
     twin, html = built
     assert [t["stage"] for t in twin["variants"][0]["training"] if not t["ran"]] == ["dpo"]
-    assert '<td>dpo</td>\n<td class="off" colspan="10">not run</td>' in html
+    assert html.count('<td class="name">dpo</td><td class="off" colspan="5">not run</td>') == 2
+
+
+def speed_rows(html):
+    """Cells of the table that tells how training ran."""
+    table = re.search(r"<h3>How training ran</h3>.*?</table>", html, re.S).group()
+    return [re.sub(r"<[^>]*>", "|", row).strip("|") for row in re.findall(r"<tr><th scope=.row.*?</tr>", table)]
+
+
+def test_every_stage_that_trained_tells_its_speed_and_what_it_used(example, tmp_path):
+    raw = json.loads(example["lineage"].read_text())
+    used = {"tokens_per_second": 223660.4, "utilisation": 0.25, "peak_memory_bytes": 13578412032, "processes": 4}
+    next(s for s in raw["stages"] if s["stage"] == "kl_distill")["summary"].update(used)
+    example["lineage"].write_text(json.dumps(raw))
+    twin, html = build(example, tmp_path / "out")
+    half, quarter = twin["variants"]
+    assert half["training"][1].items() >= used.items() and half["draft"]["tokens"] == 60_000
+    rows = [re.split(r"\|+", row) for row in speed_rows(html)]
+    stages = [["align", "kl_distill", "sft", "draft"], ["align", "kl_distill", "sft"]]
+    assert [row[:2] for row in rows] == [
+        [v["name"], stage] for v, own in zip(twin["variants"], stages, strict=True) for stage in own
+    ]
+    expected = [count(250_000), "10\u202fmin 25\u202fs", count(223_660), percent(0.25), "12.6\u202fGiB", "4"]
+    assert rows[1][2:8] == expected
+    assert rows[0][4:8] == ["412", "—", "—", "1"]  # on a CPU
+    assert not quarter["draft"]["ran"]
+    assert html.count("model-FLOP utilisation (2204.02311, appendix B) = FLOPs per token × tokens per second /") == 1
+
+
+def test_summaries_without_those_figures_show_dashes_and_no_training_says_so(example, tmp_path):
+    raw = json.loads(example["lineage"].read_text())
+    for stage in raw["stages"]:
+        stage["summary"].pop("processes", None)
+    example["lineage"].write_text(json.dumps(raw))
+    assert speed_rows(build(example, tmp_path / "old")[1])[0].split("|")[-5] == "—"
+    raw["stages"] = [s for s in raw["stages"] if s["stage"] not in ("align", "kl_distill", "sft", "draft")]
+    example["lineage"].write_text(json.dumps(raw))
+    assert "Training: not run." in body_text(build(example, tmp_path / "none")[1])
+
+
+def test_every_text_has_its_table_of_fidelity(built):
+    twin, html = built
+    own = twin["variants"][1]["benchmark"]["fidelity"]["held_out_text"]
+    text = body_text(html)
+    titles = [f"Fidelity on {name}" for name in TEXTS.values()]
+    assert [text.count(title) for title in titles] == [1, 1, 1]
+    section = text[text.index(titles[1]) : text.index(titles[2])]
+    assert number(own["kl_mean"]) in section and f"{count(own['tokens'])} tokens, 24 documents" in section
+
+
+def test_a_student_that_continues_another_says_so(example, tmp_path):
+    raw = json.loads(example["lineage"].read_text())
+    raw["config"]["variants"]["quarter"] |= {"from": "half", "from_stage": "kl_distill"}
+    for stage in raw["stages"]:
+        if stage["variant"] == "quarter" and stage["stage"] == "align":
+            stage |= {"hit": None, "config": {"steps": 7}}
+    example["lineage"].write_text(json.dumps(raw))
+    twin, html = build(example, tmp_path / "out")
+    assert [v["continues"] for v in twin["variants"]] == [None, {"variant": "half", "stage": "kl_distill"}]
+    assert "attention in 7 of 30 layers, continues half after kl_distill" in body_text(html)
+    # A stage that one variant does not run is one difference, not one for each of its settings.
+    assert twin["differences"] == [
+        {"leaf": "align", "values": {"half": "on", "quarter": "off"}},
+        {"leaf": "kl_distill.steps", "values": {"half": 60, "quarter": 90}},
+        {"leaf": "draft", "values": {"half": "on", "quarter": "off"}},
+    ]
 
 
 @pytest.mark.parametrize(

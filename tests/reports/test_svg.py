@@ -69,6 +69,29 @@ def test_everything_stays_inside_the_frame():
         assert all(0 <= v <= limit for v in numbers(root, "line", attribute))
 
 
+def test_long_numbers_leave_room_for_the_name_of_their_axis():
+    def first_number(largest):
+        ticks = [e for e in chart([Point(0, 0.0), Point(1, largest)]).iter("text") if e.get("text-anchor") == "end"]
+        return min(float(e.get("x")) - 6 * len(e.text) for e in ticks)
+
+    assert first_number(80_000.0) >= 18 and first_number(1.0) >= 18  # the axis's name is written about x = 13
+
+
+def test_points_that_belong_to_no_line_and_a_series_without_a_name():
+    points = [Point(0, 1.0), Point(1, 2.0)]
+    root = parse(line_chart("A title", [Series("", 0, points, joined=False)], Axis("layer"), Axis("score")))
+    assert not list(root.iter("polyline")) and len(list(root.iter("circle"))) == 2
+
+
+def test_names_in_a_forest_do_not_meet():
+    label, name, note = "truthfulqa_mc1_100, n=100", "three-quarters", "+0.0750 [+0.0718, +0.0784]"
+    root = parse(forest("Differences", [ForestRow(label, name, 1, 0.0, -1.0, 1.0, note, True)], Axis("points")))
+    behind = [e for e in root.iter("text") if e.text == note]
+    assert float(behind[0].get("x")) + 6 * len(note) <= float(root.get("width"))
+    left, right = (next(e for e in root.iter("text") if e.text == text) for text in (label, name))
+    assert float(left.get("x")) + 6.8 * len(label) < float(right.get("x")) - 6.6 * len(name)
+
+
 def test_a_constant_series_and_an_empty_one_can_be_drawn():
     assert chart([Point(1, 3.0)]).get("role") == "img"
     assert chart([]).get("role") == "img"

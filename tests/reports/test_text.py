@@ -20,6 +20,22 @@ def test_number(value, expected):
     assert text.number(value) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "half_width", "expected"),
+    [
+        (0.00205, 0.026, "0.002 ± 0.026"),
+        (-0.0153, 0.038, "−0.015 ± 0.038"),
+        (0.22345, 0.0079, "0.2235 ± 0.0079"),
+        (12.3, 4.56, "12.3 ± 4.6"),
+        (1234.5, 120.0, "1234 ± 120"),
+        (0.5, None, "0.500"),
+        (None, 0.1, "—"),
+    ],
+)
+def test_a_value_has_no_more_decimals_than_its_interval(value, half_width, expected):
+    assert text.uncertain(value, half_width) == expected
+
+
 def test_points_have_a_sign_unless_they_round_to_nothing():
     assert [text.points(v) for v in (-0.06, 0.0125, 0.0001, -0.0001, None)] == ["−6.0", "+1.2", "0.0", "0.0", "—"]
 

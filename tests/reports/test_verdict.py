@@ -39,7 +39,7 @@ def test_no_winner_where_the_interval_holds_zero():
 def test_less_can_be_better():
     nll = comparison(metric="nll", higher_is_better=False, difference=0.3, ci_low=0.2, ci_high=0.4)
     assert reading(nll) == "teacher better"
-    assert difference(nll) == "+0.300 nll"
+    assert difference(nll) == "+0.300 nats per token"
 
 
 def test_tally_counts_every_verdict():
@@ -99,7 +99,7 @@ def test_flags_are_ordered_by_weight(twin):
             "serious",
             "Speculative output (layers:[0, 14, 29] draft, batch 1) differs from plain greedy at K = 3.",
         ),
-        (lambda v: v.update(speculation=None), "note", "Not run: speculative_profile."),
+        (lambda v: v.update(speculation=None), "note", "Not run: dpo, speculative_profile."),
         (
             lambda v: [r.update(speedup=0.8) for g in v["speculation"]["groups"] for r in g["rows"]],
             "note",
@@ -122,8 +122,27 @@ def test_cache_hits_and_missing_stages_are_told(twin):
     assert "Not run: dpo." in told
 
 
+def test_worse_texts_are_named_in_words(twin):
+    variant = copy.deepcopy(twin["variants"][0])
+    variant["comparisons"] = [comparison(benchmark=b, metric="nll", difference=0.3) for b in ("held_out_text", "mmlu")]
+    told = texts(variant_flags(variant, None, []), "serious")
+    assert "held-out free text of the teacher (+0.300 nats per token), mmlu (+0.300 nats per token)." in told
+
+
+def test_chance_is_told_of_the_metric_that_is_compared(twin):
+    task = {"task": "hellaswag_100", "score": 0.32, "n": 100, "ci_low": 0.24, "ci_high": 0.42, "chance": 0.25}
+    twin["teacher"]["benchmark"]["tasks"] = [
+        task | {"metric": "acc"},
+        task | {"metric": "acc_norm", "score": 0.4, "ci_low": 0.31},
+    ]
+    assert "hellaswag_100 (acc 32.0" in texts(run_flags(twin))
+    for v in twin["variants"]:
+        v["comparisons"][0]["metric"] = "acc_norm"
+    assert run_flags(twin) == []
+
+
 def test_flags_of_the_run(twin):
-    assert texts(run_flags(twin)).startswith("The teacher is not above chance on truthfulqa_mc1_100 (acc 19.0")
+    assert "not measurably above chance on truthfulqa_mc1_100 (acc 19.0" in texts(run_flags(twin))
     assert len(run_flags(twin)) == 1
     twin["teacher"]["benchmark"]["tasks"] = []
     assert run_flags(twin) == []

@@ -57,6 +57,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     Shard.of(documents, [f"c{i}" for i in range(4)], masks).save(root / "corpus" / "held_out.npz")
     texts = [np.array(tokenizer(t * 4)["input_ids"], np.uint32) for t in ("The sea is wide. ", "It rained all week; ")]
     Shard.of(texts, ["sea", "rain"]).save(root / "corpus" / "natural.npz")
+    own = [np.array(tokenizer(t * 3)["input_ids"], np.uint32) for t in ("The hills are green. ", "A mill stood here; ")]
+    Shard.of(own, ["hills", "mill"]).save(root / "corpus" / "held_out_text.npz")
     return {name: root / name for name in ("teacher", "student", "corpus")}
 
 
@@ -107,13 +109,14 @@ def test_teacher_is_measured_alone(results):
     assert all(d["tokens_per_second"] > 0 and d["new_tokens"] == 4 for d in summary["decode"])
     assert [s["context"] for s in summary["state_bytes"]] == [512, 2048, 8192, 32768]
     assert summary["device"]
-    assert [(p.done, p.total) for p in progress] == [(i, 7) for i in range(1, 8)]
+    assert [(p.done, p.total) for p in progress] == [(i, 8) for i in range(1, 9)]
 
 
 def test_student_has_divergence_and_a_paired_comparison(results):
     root, _ = results
     teacher, student = (json.loads((root / name / "summary.json").read_text()) for name in ("teacher", "student"))
-    for text in ("held_out", "natural"):
+    assert list(student["fidelity"]) == list(teacher["fidelity"]) == ["held_out", "held_out_text", "natural"]
+    for text in student["fidelity"]:
         found = student["fidelity"][text]
         assert set(found) == {
             "kl_mean", "kl_p50", "kl_p90", "kl_p99", "kl_se", "top1", "ppl", "ppl_ratio", "tokens", "documents",
@@ -124,7 +127,8 @@ def test_student_has_divergence_and_a_paired_comparison(results):
 
     comparison = json.loads((root / "student" / "comparison.json").read_text())
     assert [(c["benchmark"], c["metric"]) for c in comparison] == [
-        ("held_out", "nll"), ("natural", "nll"), ("hellaswag_100", "acc_norm"), ("mmlu_dev", "acc"),
+        ("held_out", "nll"), ("held_out_text", "nll"), ("natural", "nll"),
+        ("hellaswag_100", "acc_norm"), ("mmlu_dev", "acc"),
     ]  # fmt: skip
     held_out = comparison[0]
     assert not held_out["higher_is_better"]
@@ -154,6 +158,14 @@ def test_samples_are_the_same_users_words_for_both(results):
     assert teacher[0]["prompt"].startswith("<|im_start|>system\nBe brief.")
     assert [s["prompt"] for s in teacher[1:]] == ["What is 2 and 2?", "Name a colour that you like."]
     assert [s["response"] for s in teacher] != [s["response"] for s in student]
+
+
+def test_a_corpus_without_plain_text_is_measured_on_its_conversations(folders, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "held_out.npz").write_bytes((folders["corpus"] / "held_out.npz").read_bytes())
+    config = CONFIG.model_copy(update={"tasks": [], "decode_batches": [], "samples": 0})
+    summary, _ = _run({"teacher": folders["teacher"], "corpus": tmp_path / "corpus"}, tmp_path / "out", config)
+    assert list(summary["fidelity"]) == ["held_out"]
 
 
 def test_only_what_is_asked_for_is_measured(folders, tmp_path):
