@@ -123,6 +123,7 @@ def train(
         fused=True,
     )
     if context.device == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     model.train()
     fixed = one_shape and context.device == "cuda" and distributed.world_size() == 1
@@ -369,7 +370,7 @@ class _Watch:
         if (used := self._utilisation()) is not None:
             figures["utilisation"] = used
         if self.context.device == "cuda":
-            figures["GB"] = torch.cuda.max_memory_allocated() / 1e9
+            figures["GB"] = torch.cuda.max_memory_reserved() / 1e9
         figures |= {name: float(value) for name, value in self.figures.items()}
         rate = (self.state.step - self.first_step) / elapsed
         self.context.progress(Progress(self.state.step, self.config.steps, "steps", rate, figures))
@@ -382,12 +383,13 @@ class _Watch:
         """What the manifest says of a training stage.
 
         tokens counts the tokens that the loss counts; tokens_per_second all positions that pass through the model,
-        padding included, over all processes and after the first look (compilation). peak_memory_bytes is what torch had
-        allocated at most, of process 0; utilisation is defined in `steps.utilisation`.
+        padding included, over all processes and after the first look (compilation). peak_memory_bytes is what torch
+        held of the device at most, on process 0: what a CUDA graph works in does not count as allocated. utilisation is
+        defined in `steps.utilisation`.
         """
         curve, used = self.state.curve, self._utilisation()
         stride = max(1, len(curve) // 200)
-        peak = torch.cuda.max_memory_allocated() if self.context.device == "cuda" else None
+        peak = torch.cuda.max_memory_reserved() if self.context.device == "cuda" else None
         return {
             "steps": self.state.step,
             "tokens": self.state.tokens,
