@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from corpora import chat
-from corpora.self_chat import Generate, Sampler
+from corpora.self_chat import BARREN_BATCHES, Generate, Sampler
 
-BARREN_BATCHES = 10
 _TURNS = ("user", "assistant", "user")
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ from corpora import chat, sources
 logger = logging.getLogger(__name__)
 
 Generate = Callable[..., list[list[int]]]
+BARREN_BATCHES = 10
 _USER, _REPLY, _NEXT = "zqxjkuser", "zqxjkreply", "zqxjknext"
 
 
@@ -135,7 +137,8 @@ def sample_tokenized(
 
     generate: `hybrid.generate.generate`, or a `Generator`, which does not start anew for each batch. Draws go on until
     `conversations` are kept; ten barren batches stop it. Each batch has a seed of its own from (seed, number of the
-    batch), so the result depends on the batch size too.
+    batch), so the result depends on the batch size too. While `generate` draws a batch, in the caller's thread, another
+    thread reads the one before; between records nothing runs. What either raises comes out of the iterator.
     """
     tally = tally or Tally()
     parser = TurnParser(tokenizer)
@@ -144,44 +147,62 @@ def sample_tokenized(
         raise ValueError(
             f"max_tokens {sampler.max_tokens} leaves nothing after the template's opening of {len(prompt)} tokens"
         )
-    batch, barren = 0, 0
-    while tally.kept < conversations:
-        records: list[dict[str, Any]] = []
-        rendered: list[chat.Rendered] = []
-        batch_seed = int(np.random.SeedSequence([seed, batch]).generate_state(1)[0])
-        replies = generate(
+
+    def draw(batch: int) -> list[list[int]]:
+        return generate(
             model,
             [prompt] * batch_size,
             sampler.max_tokens - len(prompt),
             temperature=sampler.temperature,
             top_k=sampler.top_k,
             top_p=sampler.top_p,
-            seed=batch_seed,
+            seed=int(np.random.SeedSequence([seed, batch]).generate_state(1)[0]),
             eos_token_ids=(),
         )
-        for row, text in enumerate(tokenizer.batch_decode(replies, skip_special_tokens=False)):
-            if tally.kept == conversations:
-                break
-            index = batch * batch_size + row
-            if parsed := parser.parse(text):
-                record = {"id": f"selfchat-{seed}-{index:06d}", "messages": parsed[0], "complete": parsed[1]}
-                made = parser.template.rendered(record)
-                if _same_start(made.text, parser.opening + text):
-                    tally.kept += 1
-                    records.append({**record, "seed": seed, "index": index})
-                    rendered.append(made)
-                    continue
-            tally.dropped += 1
-        tokenized = parser.template.tokenized(rendered) if rendered else []
-        tally.tokens += sum(len(t.tokens) for t in tokenized)
-        # After the whole batch, so that the tally is right for whoever shows progress.
-        yield from zip(records, tokenized, strict=True)
+
+    batch, barren, ahead = 0, 0, None
+    while tally.kept < conversations:
+        replies, wanted = ahead or draw(batch), conversations - tally.kept
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            reading = reader.submit(_read, parser, replies, wanted, seed, batch * batch_size)
+            # Another batch is drawn only where this one cannot be the last, whatever it holds.
+            ahead = draw(batch + 1) if batch_size < wanted and barren + 1 < BARREN_BATCHES else None
+        found, dropped = reading.result()
+        tally.kept += len(found)
+        tally.dropped += dropped
+        tally.tokens += sum(len(tokenized.tokens) for _, tokenized in found)
+        yield from found  # after the whole batch, so that the tally is right for whoever shows progress
         batch += 1
-        barren = 0 if records else barren + 1
-        if barren == 10:
+        barren = 0 if found else barren + 1
+        if barren == BARREN_BATCHES:
             raise chat.ChatTemplateError(
-                f"none of {10 * batch_size} sampled texts is a conversation: the model does not speak its chat template"
+                f"none of {BARREN_BATCHES * batch_size} sampled texts is a conversation: the model does not speak its "
+                "chat template"
             )
+
+
+def _read(
+    parser: TurnParser, replies: list[list[int]], wanted: int, seed: int, first: int
+) -> tuple[list[tuple[dict[str, Any], chat.TokenizedConversation]], int]:
+    """The first `wanted` conversations of a batch, each with its tokens, and how many malformed draws were passed on
+    the way. first: number of the batch's first draw."""
+    records: list[dict[str, Any]] = []
+    rendered: list[chat.Rendered] = []
+    dropped = 0
+    # The tokenizer's own decode_batch uses all cores and lets the thread that samples run meanwhile.
+    texts = parser.template.tokenizer.backend_tokenizer.decode_batch(replies, skip_special_tokens=False)
+    for index, text in enumerate(texts, first):
+        if len(records) == wanted:
+            break
+        if parsed := parser.parse(text):
+            record = {"id": f"selfchat-{seed}-{index:06d}", "messages": parsed[0], "complete": parsed[1]}
+            made = parser.template.rendered(record)
+            if _same_start(made.text, parser.opening + text):
+                records.append({**record, "seed": seed, "index": index})
+                rendered.append(made)
+                continue
+        dropped += 1
+    return list(zip(records, parser.template.tokenized(rendered) if rendered else [], strict=True)), dropped
 
 
 def _same_start(rendered: str, sampled: str) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import threading
 
 import pytest
 
@@ -119,6 +120,68 @@ def test_a_model_that_never_converses_stops_with_a_clear_error(tokenizer):
     generate, _ = scripted(tokenizer, ["mumble"] * 20)
     with pytest.raises(chat.ChatTemplateError, match="none of 20 sampled texts is a conversation"):
         list(self_chat.sample(generate, None, tokenizer, 1, Sampler(), seed=0, batch_size=2))
+
+
+def test_batches_are_read_in_order_while_the_next_is_drawn(tokenizer, monkeypatch):
+    texts = [f"hello {i}{TO_REPLY}hi" if i % 3 else f"mumble {i}" for i in range(20)]
+    generate, asked = scripted(tokenizer, texts)
+    drawing, parse, readers = threading.Event(), TurnParser.parse, set()
+
+    def ahead(*args, **options):
+        if asked:
+            drawing.set()
+        return generate(*args, **options)
+
+    def waiting(self, text):
+        assert drawing.wait(30), "the second batch is not drawn before the first is read"
+        readers.add(threading.current_thread())
+        return parse(self, text)
+
+    monkeypatch.setattr(TurnParser, "parse", waiting)
+    tally = self_chat.Tally()
+    drawn = self_chat.sample_tokenized(ahead, None, tokenizer, 12, Sampler(), seed=0, batch_size=4, tally=tally)
+    found, seen = [], []
+    for pair in drawn:
+        found.append(pair)
+        seen.append((tally.kept, tally.dropped))
+    numbers = [i for i in range(20) if i % 3][:12]
+    assert [record["index"] for record, _ in found] == numbers
+    assert [record["messages"][0]["content"] for record, _ in found] == [f"hello {i}" for i in numbers]
+    expected = chat.tokenize(tokenizer, [record for record, _ in found])
+    assert [t.tokens.tolist() for _, t in found] == [t.tokens.tolist() for t in expected]
+    assert seen == [(2, 2)] * 2 + [(5, 3)] * 3 + [(8, 4)] * 3 + [(10, 6)] * 2 + [(12, 6)] * 2
+    assert len(asked) == 5 and threading.current_thread() not in readers
+
+
+def test_what_fails_while_drawing_ahead_or_reading_surfaces_and_leaves_no_thread(tokenizer, monkeypatch):
+    good = [f"hello {i}{TO_REPLY}hi" for i in range(4)]
+    before = threading.enumerate()
+
+    def drain(generate):
+        list(self_chat.sample(generate, None, tokenizer, 4, Sampler(), seed=0, batch_size=2))
+
+    generate, asked = scripted(tokenizer, good)
+
+    def failing(*args, **options):
+        if asked:
+            raise RuntimeError("out of memory")
+        return generate(*args, **options)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        drain(failing)
+    monkeypatch.setattr(TurnParser, "parse", lambda self, text: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        drain(scripted(tokenizer, good)[0])
+    assert threading.enumerate() == before
+
+
+def test_closed_early_no_thread_is_left_and_no_more_is_drawn(tokenizer):
+    before = threading.enumerate()
+    generate, asked = scripted(tokenizer, [f"hello {i}{TO_REPLY}hi" for i in range(8)])
+    records = self_chat.sample(generate, None, tokenizer, 8, Sampler(), seed=0, batch_size=2)
+    assert next(records)["index"] == 0 and threading.enumerate() == before
+    records.close()
+    assert threading.enumerate() == before and len(asked) == 2
 
 
 def test_no_room_after_the_opening_is_an_error(tokenizer):
