@@ -32,10 +32,11 @@ def document_block_mask(seq_idx: Tensor) -> BlockMask:
 _create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
-def rope_frequencies(config: HybridConfig) -> Tensor:
-    """Inverse frequencies (head_dim / 2,) for the `default`, `linear` and `llama3` types of transformers."""
+def rope_frequencies(config: HybridConfig, device: torch.device | None = None) -> Tensor:
+    """Inverse frequencies (head_dim / 2,) for the `default`, `linear` and `llama3` types of transformers, computed on
+    the device, which nothing is copied to."""
     rope = config.rope
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
     inv_freq = 1.0 / (rope["rope_theta"] ** half)
     if rope["rope_type"] == "linear":
         return inv_freq / rope["factor"]
@@ -57,6 +58,16 @@ def rope_tables(inv_freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tupl
     angles = positions[:, None, :, None].float() * inv_freq.to(positions.device)  # (B, 1, L, head_dim / 2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def document_positions(seq_idx: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """(B, L): distance from the start of the token's document."""
+    index = torch.arange(length, device=device).expand(batch, -1)
+    if seq_idx is None:
+        return index
+    is_start = torch.ones_like(seq_idx, dtype=torch.bool)
+    is_start[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return index - torch.where(is_start, index, 0).cummax(dim=1).values
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

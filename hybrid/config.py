@@ -49,6 +49,8 @@ class HybridConfig:
     """What stands in place of attention in the replaced layers, the same in all of them."""
     d_state: int | None = None
     """State numbers per channel. Mamba-1: a divisor of head_dim, None is 16. Mamba-2: head_dim, which None is too."""
+    mixer_rope: bool = False
+    """Mamba-2 only: B and C are rotated by position as keys and queries are, so that C_t·B_s depends on t − s."""
     dt_rank: int | None = None
     """Mamba-1 only: width of the projection that dt comes from; None is ceil(d_model / 16)."""
 
@@ -64,6 +66,8 @@ class HybridConfig:
             raise ValueError(f"d_state {self.d_state} of a mamba2 mixer must be head_dim {self.head_dim}; leave it out")
         if self.mixer == "mamba2" and self.dt_rank is not None:
             raise ValueError(f"dt_rank {self.dt_rank} belongs to mamba1; the mixer is mamba2: leave it out")
+        if self.mixer != "mamba2" and self.mixer_rope:
+            raise ValueError(f"mixer_rope belongs to mamba2; the mixer is {self.mixer}: leave it out")
         if self.state_size < 1 or self.head_dim % self.state_size:
             raise ValueError(
                 f"d_state {self.state_size} does not divide head_dim {self.head_dim}; set d_state to a divisor of it"

@@ -45,6 +45,7 @@ def from_attention(
     gate_scale: float = 0.1,
     a_min: float = 8.0,
     a_max: float = 64.0,
+    rope: bool = False,
     seed: int = 0,
 ) -> HybridForCausalLM:
     """A student with mixers in all layers but `attention_layers`; shares no tensor with `base`.
@@ -57,7 +58,7 @@ def from_attention(
     `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU on x, B, C, A ~ U(1, 16), as the released
     code. `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times
     gate_scale, A spread geometrically over [a_min, a_max]. In both dt_bias puts dt log-uniform in [1e-3, 0.1]. Mixers
-    are float32.
+    are float32. rope: their B and C are rotated by position, as the k and q that they come from.
     """
     missing = sorted(set(attention_layers) - set(base.config.attention_layers))
     if missing:
@@ -70,11 +71,13 @@ def from_attention(
         attention_layers=tuple(attention_layers),
         conv_silu=method == "paper",
         proj_bias=method != "paper",
+        mixer_rope=rope,
     )
     if base.config.mamba_layers and replace(config, attention_layers=base.config.attention_layers) != base.config:
         raise ValueError(
-            f"method {method!r} makes mixers of another form than those that are carried over: "
-            "variants that continue from one another need one init_from_attention.method, `paper` or another"
+            f"method {method!r} and rope {str(rope).lower()} make mixers of another form than those that are carried "
+            "over: variants that continue from one another need one init_from_attention.method, `paper` or another, "
+            "and one init_from_attention.rope"
         )
     with torch.device("meta"):
         student = HybridForCausalLM(config)

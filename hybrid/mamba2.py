@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from hybrid.attention import document_positions, rope_frequencies, rope_tables, rotate
 from hybrid.cache import Cursors, Span, SSMCache
 from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep
@@ -51,6 +52,8 @@ class Mamba2Mixer(MambaMixer):
         z, xBC, dt = self.project(hidden)
         dt = softplus(dt.float() + self.dt_bias)  # (B, L, H)
         x, B, C = self._split(self.convolve(xBC, seq_idx, cache, span))
+        if self.config.mixer_rope:
+            B, C = self._rotated(B, C, seq_idx, span)
         y = self.scan(dispatch.ssd(x.device.type), (x, dt, B, C), seq_idx, cache, span)
         return self.norm(y.flatten(-2), z)
 
@@ -73,6 +76,16 @@ class Mamba2Mixer(MambaMixer):
             cache.ring_B,
             cache.ring_dt,
         )
+        if self.config.mixer_rope:
+            dispatch.rotate_window_(
+                convolved,
+                *step.rope,
+                cursors.lengths,
+                step.slots,
+                self.config.n_kv_heads,
+                cache.ring_B,
+                step.offset,
+            )
         x_new, B, C = self._split(convolved)
         if cache.ring_x is None:
             y = dispatch.ssd_update(cache.state, x_new[:, 0], dt[:, 0], cache.A, B[:, 0], C[:, 0], self.D, step.slots)
@@ -99,6 +112,20 @@ class Mamba2Mixer(MambaMixer):
         dispatch.ssd_fold(
             cache.state, cache.ring_x, cache.ring_B, cache.ring_dt, cache.A, cursors.lengths, cursors.folded, slots
         )
+
+    def _rotated(self, B: Tensor, C: Tensor, seq_idx: Tensor | None, span: Span | None) -> tuple[Tensor, Tensor]:
+        """B and C turned by the tokens' positions, as attention turns k and q; in float32, rounded once, which is what
+        decoding's kernel does. The tables are made here, on the device: the mixer also runs without a model around it,
+        and in CUDA graphs."""
+        batch, length = B.shape[:2]
+        if span is None:
+            positions = document_positions(seq_idx, batch, length, B.device)
+        else:
+            positions = span.start[:, None] + torch.arange(length, device=B.device)
+        tables = rope_tables(rope_frequencies(self.config, B.device), positions, torch.float32)
+        cos, sin = (table.transpose(1, 2) for table in tables)  # (B, L, 1, N)
+        B, C = (rotate(t.float(), cos, sin).to(t.dtype) for t in (B, C))
+        return B, C
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config

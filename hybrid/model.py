@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
 
-from hybrid.attention import Attention, Mask, document_block_mask, rope_frequencies, rope_tables
+from hybrid.attention import (
+    Attention,
+    Mask,
+    document_block_mask,
+    document_positions,
+    rope_frequencies,
+    rope_tables,
+)
 from hybrid.cache import Cursors, HybridCache, KVCache, Span, SSMCache, cache_bytes
 from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep, joined
@@ -146,7 +153,7 @@ class HybridForCausalLM(nn.Module):
         """
         batch, length = tokens.shape
         span: Span | None = None
-        positions = _positions(seq_idx, batch, length, tokens.device)
+        positions = document_positions(seq_idx, batch, length, tokens.device)
         mask = self._packed_mask(seq_idx)
         if cache is not None:
             if seq_idx is not None:
@@ -174,7 +181,7 @@ class HybridForCausalLM(nn.Module):
         Blocks behind the last of `layers` are not run.
         """
         batch, length = tokens.shape
-        positions = _positions(seq_idx, batch, length, tokens.device)
+        positions = document_positions(seq_idx, batch, length, tokens.device)
         mask, x = self._packed_mask(seq_idx), self._embedded(tokens)
         rope = rope_tables(self.inv_freq, positions, x.dtype)
         seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -284,16 +291,6 @@ class HybridForCausalLM(nn.Module):
     def cache_bytes(self, batch: int, context: int) -> dict[str, int]:
         """Bytes of decoding state by kind for this model's data type."""
         return cache_bytes(self.config, batch, context, self.dtype.itemsize)
-
-
-def _positions(seq_idx: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    """(B, L): distance from the start of the token's document."""
-    index = torch.arange(length, device=device).expand(batch, -1)
-    if seq_idx is None:
-        return index
-    is_start = torch.ones_like(seq_idx, dtype=torch.bool)
-    is_start[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return index - torch.where(is_start, index, 0).cummax(dim=1).values
 
 
 def _cached_mask(cache: HybridCache, span: Span, length: int) -> tuple[Tensor | None, Tensor]:

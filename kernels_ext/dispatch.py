@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from kernels_ext.attention import reference as attention
+from kernels_ext.causal_conv import reference as causal_conv_reference
 from kernels_ext.causal_conv import ring_reference as causal_conv_ring
-from kernels_ext.causal_conv.reference import causal_conv
 from kernels_ext.gated_norm import reference as gated_norm
 from kernels_ext.linear import reference as linear
 from kernels_ext.rms_norm import reference as rms_norm_reference
+from kernels_ext.rotary import reference as rotary
 from kernels_ext.sampling import reference as sampling
 from kernels_ext.selective_scan import reference as selective_scan
 from kernels_ext.speculation import reference as speculation
@@ -49,6 +50,7 @@ __all__ = [
     "norm_swiglu",
     "rms_norm",
     "rope_append",
+    "rotate_window_",
     "sample",
     "selective_fold",
     "selective_ring_append",
@@ -78,6 +80,7 @@ def triton_kernels() -> dict[str, Callable[..., Any]]:
         from kernels_ext.causal_conv import kernel as causal_conv_kernel
         from kernels_ext.gated_norm import kernel as gated_norm_kernel
         from kernels_ext.rms_norm import kernel as rms_norm_kernel
+        from kernels_ext.rotary import kernel as rotary_kernel
         from kernels_ext.sampling import kernel as sampling_kernel
         from kernels_ext.selective_scan import kernel as selective_scan_kernel
         from kernels_ext.speculation import kernel as speculation_kernel
@@ -92,6 +95,7 @@ def triton_kernels() -> dict[str, Callable[..., Any]]:
         causal_conv_kernel,
         gated_norm_kernel,
         rms_norm_kernel,
+        rotary_kernel,
         sampling_kernel,
         selective_scan_kernel,
         speculation_kernel,
@@ -119,6 +123,7 @@ conv_ring_update = _operator(causal_conv_ring.conv_ring_update)
 decode_attention = _operator(attention.decode_attention)
 rope_append = _operator(attention.rope_append)
 rms_norm = _operator(rms_norm_reference.rms_norm)
+rotate_window_ = _operator(rotary.rotate_window_)
 silu_mul = _operator(swiglu.silu_mul)
 ssd_update = _operator(ssd_ring.ssd_update)
 ssd_verify = _operator(ssd_ring.ssd_verify)
@@ -195,7 +200,7 @@ def ssd(device_type: str) -> Callable[..., tuple]:
 
 
 def _ssd_on_cuda(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any, **kwargs: Any) -> tuple:
-    if _has_scan_kernel():
+    if _has_training_kernels():
         from kernels_ext.ssd import scan_kernel
 
         if scan_kernel.fits(x, B, C):
@@ -204,19 +209,37 @@ def _ssd_on_cuda(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: 
     return scan(x, dt, A, B, C, *args, **kwargs)
 
 
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """See kernels_ext/causal_conv/reference.py; the kernel serves whole rows on CUDA, as training has them."""
+    if x.device.type == "cuda" and initial_state is None and _has_training_kernels():
+        from kernels_ext.causal_conv import training_kernel
+
+        if training_kernel.fits(x, weight):
+            return training_kernel.causal_conv(x, weight, bias, seq_idx, silu)
+    return causal_conv_reference.causal_conv(x, weight, bias, seq_idx, initial_state, silu)
+
+
 @torch.compiler.assume_constant_result  # a compiled block does not trace the attempt and its log
-def _has_scan_kernel() -> bool:
-    return _scan_kernel_imports()
+def _has_training_kernels() -> bool:
+    return _training_kernels_import()
 
 
 @cache
-def _scan_kernel_imports() -> bool:
+def _training_kernels_import() -> bool:
     try:
+        from kernels_ext.causal_conv import training_kernel  # noqa: F401
         from kernels_ext.ssd import scan_kernel  # noqa: F401
     except ImportError as error:
-        log.info("ssd on cuda: no Triton kernels (Triton does not import: %s)", error)
+        log.info("scan and convolution on cuda: no Triton kernels (Triton does not import: %s)", error)
         return False
-    log.info("ssd on cuda: Triton kernels")
+    log.info("scan and convolution on cuda: Triton kernels")
     return True
 
 

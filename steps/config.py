@@ -133,6 +133,8 @@ class InitConfig(Model):
     a_min: float = Field(default=8.0, gt=0.0)
     a_max: float = Field(default=64.0, gt=0.0)
     """A is spread over [a_min, a_max] by head, geometrically; ignored by `paper`, which draws U(1, 16)."""
+    rope: bool = False
+    """Rotate B and C by position, as attention rotates the k and q that they come from, in training and decoding."""
     tokens: PositiveInt = 32768
     """Tokens for the ridge regression."""
     ridge: float = Field(default=1e-3, gt=0.0)

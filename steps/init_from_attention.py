@@ -47,7 +47,8 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
         scale_out_proj(base, student, NEAR_IDENTITY)
         start["near_identity"] = measure(teacher, student, inputs, context)
     if config.method != "paper" and config.measure_paper and base is teacher:
-        start["paper"] = measure(teacher, build(config, teacher, kept, "paper", context.seed), inputs, context)
+        published = config.model_copy(update={"rope": False})
+        start["paper"] = measure(teacher, build(published, teacher, kept, "paper", context.seed), inputs, context)
     save_student(student, inputs, out)
     return {
         "method": config.method,
@@ -75,6 +76,7 @@ def build(
             gate_scale=config.gate_scale,
             a_min=config.a_min,
             a_max=config.a_max,
+            rope=config.rope,
             seed=seed,
         )
     except ValueError as error:

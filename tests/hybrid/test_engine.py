@@ -69,6 +69,7 @@ class Wavering(Scripted):
 MODELS = {
     "hybrid": {},
     "mamba-2": {"attention_layers": ()},
+    "rotary mamba-2": {"attention_layers": (1,), "mixer_rope": True},
     "attention": {"attention_layers": (0, 1, 2, 3)},
     "mamba-1": {"attention_layers": (), "mixer": "mamba1", "d_state": 4},
     "hybrid of mamba-1": {"mixer": "mamba1", "d_state": 4},
@@ -315,21 +316,23 @@ def test_weights_that_move_are_captured_anew(hybrid):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="everything here runs on the kernels already")
 @pytest.mark.parametrize(
-    ("mixer", "sampling", "k"),
+    ("kind", "sampling", "k"),
     [
-        ("mamba2", Sampling(), 2),
-        ("mamba2", Sampling(0.8, 12, 0.9), 1),
-        ("mamba1", Sampling(), 1),
-        ("mamba2", Sampling(), 0),
+        ({}, Sampling(), 2),
+        ({}, Sampling(0.8, 12, 0.9), 1),
+        ({"mixer": "mamba1", "d_state": 4}, Sampling(), 1),
+        ({"mixer_rope": True}, Sampling(), 2),
+        ({}, Sampling(), 0),
+        ({"mixer_rope": True}, Sampling(), 0),
     ],
-    ids=["greedy", "sampled", "mamba-1", "plain"],
+    ids=["greedy", "sampled", "mamba-1", "rotary", "plain", "plain rotary"],
 )
-def test_interpreted_kernels_decode_what_the_plain_code_decodes(monkeypatch, mixer, sampling, k):
+def test_interpreted_kernels_decode_what_the_plain_code_decodes(monkeypatch, kind, sampling, k):
     """Every operator of a round, as one: two layers, two rows of which one is padding, a draft of another model."""
     changes = {"vocab_size": 24, "d_model": 16, "n_heads": 2, "n_kv_heads": 1, "intermediate_size": 16}
-    changes |= {"n_layers": 2, "attention_layers": (1,), "mixer": mixer, "d_state": 4 if mixer == "mamba1" else None}
+    changes |= {"n_layers": 2, "attention_layers": (1,), **kind}
     model, other = build(0, **changes), build(1, **changes)
-    for package in ("attention", "causal_conv", "gated_norm", "linear", "rms_norm", "sampling"):
+    for package in ("attention", "causal_conv", "gated_norm", "linear", "rms_norm", "rotary", "sampling"):
         interpreted(f"kernels_ext.{package}.kernel")
     for package in ("selective_scan", "speculation", "ssd", "swiglu"):
         interpreted(f"kernels_ext.{package}.kernel")

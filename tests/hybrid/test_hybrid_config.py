@@ -36,6 +36,7 @@ def test_own_format_comes_back(tmp_path):
         rope={"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0},
         conv_silu=True,
         proj_bias=False,
+        mixer_rope=True,
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert HybridConfig.from_folder(tmp_path) == config
@@ -74,7 +75,15 @@ def test_unsupported_models_are_refused_by_name(raw, named):
         HybridConfig.from_dict({**LLAMA, **raw})
 
 
+def test_models_without_the_key_have_no_rotary_mixers():
+    written = tiny_hybrid.config().to_dict()
+    assert written.pop("mixer_rope") is False
+    assert HybridConfig.from_dict(written) == tiny_hybrid.config()
+
+
 def test_impossible_shapes():
+    with pytest.raises(ValueError, match="mixer_rope belongs to mamba2; the mixer is mamba1"):
+        tiny_hybrid.config(mixer="mamba1", mixer_rope=True)
     with pytest.raises(ValueError, match="n_heads 6 is not a multiple of n_kv_heads 4"):
         tiny_hybrid.config(n_kv_heads=4)
     with pytest.raises(ValueError, match=r"\[4, -1\] do not exist; the model has layers 0 to 3"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,11 +85,27 @@ def test_attention_that_was_given_up_does_not_come_back(teacher):
         from_attention(before, (0, 1, 2))
 
 
-@pytest.mark.parametrize(("first", "second"), [("copy", "paper"), ("paper", "copy")])
-def test_mixers_of_two_forms_do_not_go_together(teacher, first, second):
-    before = from_attention(teacher, (1, 3), first)
-    with pytest.raises(ValueError, match=f"method '{second}' makes mixers of another form"):
-        from_attention(before, (3,), second)
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (("copy", False), ("paper", False), "method 'paper' and rope false make mixers of another form"),
+        (("paper", False), ("copy", False), "method 'copy' and rope false make mixers of another form"),
+        (("copy", False), ("copy", True), "rope true make mixers of another form.*one init_from_attention.rope"),
+        (("copy", True), ("copy", False), "rope false make mixers of another form.*one init_from_attention.rope"),
+    ],
+)
+def test_mixers_of_two_forms_do_not_go_together(teacher, first, second, said):
+    before = from_attention(teacher, (1, 3), first[0], rope=first[1])
+    with pytest.raises(ValueError, match=said):
+        from_attention(before, (3,), second[0], rope=second[1])
+
+
+def test_rope_changes_no_weight(teacher):
+    plain, rotary = (from_attention(teacher, KEPT, rope=rope, seed=2) for rope in (False, True))
+    assert rotary.config == replace(plain.config, mixer_rope=True)
+    for ours, theirs in zip(rotary.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert from_attention(rotary, (), rope=True).config.mixer_rope, "a student continues in its own form"
 
 
 def test_rows_are_in_the_papers_order():

@@ -14,9 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid.attention import rope_frequencies
 from hybrid.init_map import in_proj_rows
 from hybrid.mamba2 import Mamba2Mixer
 from tests.hybrid import tiny_hybrid
+from tests.hybrid.tiny_hybrid import tokens
+
+ROTARY = {"attention_layers": (1,), "mixer_rope": True}
 
 
 def random_mixer(**changes) -> Mamba2Mixer:
@@ -100,9 +104,13 @@ def test_gradients_are_bambas():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
-def test_is_masked_linear_attention_with_decay():
-    """y_t = Σ_{s ≤ t} exp(A Σ_{s<r≤t} dt_r) dt_s (C_t·B_s) x_s + D x_t, gated and normed head by head: written out."""
-    mixer = random_mixer(conv_silu=False)
+@pytest.mark.parametrize("mixer_rope", [False, True])
+def test_is_masked_linear_attention_with_decay(mixer_rope):
+    """y_t = Σ_{s ≤ t} exp(A Σ_{s<r≤t} dt_r) dt_s (C_t·B_s) x_s + D x_t, gated and normed head by head: written out.
+
+    With mixer_rope C_t·B_s is Re Σ_j C_tj · conj(B_sj) · exp(i θ_j (t − s)) over the pairs (j, j + N/2) of channels.
+    """
+    mixer = random_mixer(conv_silu=False, mixer_rope=mixer_rope)
     config = mixer.config
     with torch.no_grad():  # the identity convolution
         mixer.conv1d.weight.zero_()
@@ -118,7 +126,13 @@ def test_is_masked_linear_attention_with_decay():
     dt = torch.nn.functional.softplus(dt + mixer.dt_bias)
     elapsed = torch.cumsum(dt, dim=1)  # (b, l, H)
     decay = torch.exp(-torch.exp(mixer.A_log.double()) * (elapsed[:, :, None] - elapsed[:, None, :]))
-    weights = torch.einsum("bthn,bshn->btsh", C, B) * decay * dt[:, None] * torch.ones(21, 21).tril()[..., None]
+    scores = torch.einsum("bthn,bshn->btsh", C, B)
+    if mixer_rope:
+        B, C = (torch.complex(*t.chunk(2, dim=-1)) for t in (B, C))
+        apart = torch.arange(21)[:, None] - torch.arange(21)
+        turns = torch.exp(1j * apart[..., None] * rope_frequencies(config).double())
+        scores = torch.einsum("bthn,bshn,tsn->btsh", C, B.conj(), turns).real
+    weights = scores * decay * dt[:, None] * torch.ones(21, 21).tril()[..., None]
     y = torch.einsum("btsh,bshp->bthp", weights, x) + mixer.D[:, None] * x
     gated = y * torch.nn.functional.silu(z.unflatten(-1, (6, 8)))
     normed = gated / (gated.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
@@ -133,3 +147,86 @@ def test_later_tokens_change_nothing_before():
     changed[:, 66:] += 1.0
     torch.testing.assert_close(mixer(changed)[:, :66], mixer(hidden)[:, :66], rtol=0, atol=1e-6)
     assert (mixer(changed)[:, 66] - mixer(hidden)[:, 66]).abs().max() > 1e-2
+
+
+def test_rope_changes_all_but_the_first_token():
+    plain, rotary = random_mixer(), random_mixer(mixer_rope=True)
+    hidden = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rotary(hidden)[:, 0], plain(hidden)[:, 0])
+    assert (rotary(hidden) - plain(hidden))[:, 1:].abs().amax(dim=(0, 2)).min() > 1e-2
+
+
+def test_packed_rotary_mixers_are_unpacked_ones():
+    """Positions start anew with each document: far into a row, half precision would not know neighbours apart."""
+    mixer = random_mixer(mixer_rope=True)
+    lengths = [1, 13, 70, 5]
+    hidden = torch.randn(1, sum(lengths), 48, generator=torch.Generator().manual_seed(0))
+    seq_idx = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].int()
+    for packed, alone in zip(mixer(hidden, seq_idx).split(lengths, dim=1), hidden.split(lengths, dim=1), strict=True):
+        torch.testing.assert_close(packed, mixer(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("calls", [[1] * 41, [17, 1, 1, 16, 6]], ids=str)
+def test_rotary_prefill_and_steps_are_the_full_pass(calls):
+    model = tiny_hybrid.model(**ROTARY)
+    text, cache = tokens(2, 41), model.new_cache(2, 41)
+    parts = [model(part, cache=cache) for part in text.split(calls, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(text), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_rotary_windows_are_the_full_pass(window):
+    """Rows of unequal prompts, a padding row between them; all but one token of a window of four is kept."""
+    model = tiny_hybrid.model(**ROTARY)
+    text, kept = tokens(3, 60), max(1, window - 1)
+    cache = model.new_cache(3, 64, window=window, ring=2 * window)
+    starts = torch.tensor([5, 20, 9])
+    model(text[:, :20], cache=cache, counts=starts)
+    slots = torch.tensor([0, -1, 2], dtype=torch.int32)
+    wanted = model(text)
+    untouched = [
+        (layer, {name: t[1].clone() for name, t in vars(layer).items() if t is not None and name != "A"})
+        for layer in cache.layers
+    ]
+    for round_ in range(9):
+        at = [int(start) + round_ * kept for start in starts]
+        given = torch.stack([row[p : p + window] for row, p in zip(text, at, strict=True)])
+        logits = model.decode(given, cache, slots).view(3, window, -1)
+        for row in (0, 2):
+            torch.testing.assert_close(logits[row], wanted[row, at[row] : at[row] + window], rtol=1e-4, atol=1e-4)
+        length, folded = cache.cursors.lengths, cache.cursors.folded
+        due = length - folded + 2 * window > 2 * window
+        folded.copy_(torch.where(due, length, folded))
+        length += kept
+    for layer, before in untouched:
+        assert all(torch.equal(getattr(layer, name)[1], tensor) for name, tensor in before.items())
+
+
+def test_rotary_mixers_compile_in_one_piece():
+    mixer = random_mixer(mixer_rope=True).requires_grad_()
+    hidden, seq_idx = torch.randn(1, 12, 48), torch.tensor([[0] * 5 + [1] * 7])
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for call in (mixer, compiled):
+        out = call(hidden, seq_idx)
+        gradients.append((out, *torch.autograd.grad(out.pow(2).sum(), list(mixer.parameters()))))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_rotary_mixers_are_captured_in_a_graph():
+    """Nothing is copied to the device and nothing waits for it."""
+    mixer = random_mixer(mixer_rope=True, head_dim=16).cuda()
+    hidden, seq_idx = torch.randn(1, 12, 48, device="cuda"), torch.tensor([[0] * 5 + [1] * 7], device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        mixer(hidden, seq_idx)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mixer(hidden, seq_idx)
+    hidden.neg_()
+    graph.replay()
+    assert torch.equal(out, mixer(hidden, seq_idx))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hybrid import load_pretrained
+from hybrid.attention import document_positions
 from hybrid.init_map import from_attention
-from hybrid.model import _positions
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import tokens
 
@@ -77,8 +77,8 @@ def test_positions_start_anew_with_each_document():
     """Attention sees only distances, so the logits would hardly show it; far positions would cost precision."""
     seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 5]])
     wanted = [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
-    assert _positions(seq_idx, 2, 6, torch.device("cpu")).tolist() == wanted
-    assert _positions(None, 2, 3, torch.device("cpu")).tolist() == [[0, 1, 2]] * 2
+    assert document_positions(seq_idx, 2, 6, torch.device("cpu")).tolist() == wanted
+    assert document_positions(None, 2, 3, torch.device("cpu")).tolist() == [[0, 1, 2]] * 2
 
 
 def test_gradients_of_packed_rows_do_not_leak():

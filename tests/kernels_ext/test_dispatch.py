@@ -8,18 +8,21 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from kernels_ext import dispatch
+from kernels_ext.causal_conv import reference as causal_conv_reference
 from kernels_ext.ssd.reference import ssd_chunked, ssd_sequential
 from tests.kernels_ext.interpreted import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 scan_kernel = interpreted("kernels_ext.ssd.scan_kernel")
+conv_kernel = interpreted("kernels_ext.causal_conv.training_kernel")
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    choices = dispatch._scan_kernel_imports, dispatch._ssd_of_any_shape
+    choices = dispatch._training_kernels_import, dispatch._ssd_of_any_shape
     for choice in choices:
         choice.cache_clear()
     yield
@@ -78,7 +81,7 @@ def test_compiled_on_cuda_without_mamba_ssm(monkeypatch, caplog):
         assert run(128, gradients=True) == 1
     chosen = [r.message for r in caplog.records if r.name == dispatch.log.name]
     assert [line[:38] for line in chosen] == [
-        "ssd on cuda: Triton kernels",
+        "scan and convolution on cuda: Triton k",
         "ssd on cuda, any shape: plain PyTorch,",
     ], "each choice is made and logged once"
 
@@ -96,6 +99,38 @@ def test_triton_on_cuda():
     torch.testing.assert_close(compiled(*arguments), 2 * ours)
     odd = *arguments[:3], B[..., :5], C[..., :5]  # plain PyTorch is traced along
     torch.testing.assert_close(compiled(*odd), 2 * ssd_chunked(*odd)[0])
+
+
+@pytest.mark.parametrize(
+    "device, dtype, width, initial_state, chosen",
+    [
+        ("cuda", torch.bfloat16, 4, False, "kernel"),
+        ("cuda", torch.bfloat16, 4, True, "plain"),
+        ("cuda", torch.float64, 4, False, "plain"),
+        ("cuda", torch.float32, 9, False, "plain"),
+        ("cpu", torch.bfloat16, 4, False, "plain"),
+    ],
+)
+def test_convolution(monkeypatch, device, dtype, width, initial_state, chosen):
+    """The kernel serves whole rows on CUDA; tensors without data stand in for those of a GPU."""
+    calls = []
+    monkeypatch.setattr(conv_kernel, "causal_conv", lambda *given: calls.append(("kernel", given)))
+    monkeypatch.setattr(causal_conv_reference, "causal_conv", lambda *given: calls.append(("plain", given)))
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 6, dtype=dtype, device=device)
+        weight, bias = torch.empty(6, width, device=device), torch.empty(6, device=device)
+        state = torch.empty(2, width - 1, 6, device=device) if initial_state else None
+        dispatch.causal_conv(x, weight, bias, None, state, True)
+    given = (x, weight, bias, None, True) if chosen == "kernel" else (x, weight, bias, None, state, True)
+    assert calls == [(chosen, given)]
+
+
+def test_convolution_is_the_same_either_way():
+    random = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=random).to(DEVICE) for shape in ((2, 9, 6), (6, 4), (6,)))
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2]] * 2, dtype=torch.int32, device=DEVICE)
+    ours = conv_kernel.causal_conv(x, weight, bias, seq_idx, True)
+    torch.testing.assert_close(dispatch.causal_conv(x, weight, bias, seq_idx, silu=True), ours)
 
 
 def test_mamba_ssm_is_given_repeated_groups(mamba_ssm, caplog):

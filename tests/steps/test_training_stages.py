@@ -160,6 +160,16 @@ def test_init_by_another_method(run, method):
     assert load_pretrained(out).config.conv_silu == (method == "paper")
 
 
+def test_init_with_rotary_mixers(run):
+    """The calibration sees the rotation; the published start that it is compared with has none."""
+    plain, rotary = (run(init_from_attention, INIT.model_copy(update={"rope": rope})) for rope in (False, True))
+    assert [load_pretrained(out).config.mixer_rope for _, out in (plain, rotary)] == [False, True]
+    assert rotary[0]["start"]["paper"] == plain[0]["start"]["paper"]
+    assert rotary[0]["start"]["copy"] != plain[0]["start"]["copy"]
+    for ours, theirs in zip(rotary[0]["layers"], plain[0]["layers"], strict=True):
+        assert 0 < ours["relative_error"] < 1 and ours["relative_error"] != theirs["relative_error"]
+
+
 def test_near_identity_starts_from_mixers_that_say_little(chain, run):
     summary, out = run(init_from_attention, INIT.model_copy(update={"method": "near_identity"}))
     assert set(summary["start"]) == {"copy", "near_identity", "paper"}
@@ -195,6 +205,7 @@ def test_init_continues_from_a_student(chain, run):
     [
         ({"attention": [0, 1]}, r"layers \[0\] is to be kept, but they have none; choose among layers \[1\]"),
         ({"attention": [], "method": "paper"}, "need one init_from_attention.method"),
+        ({"attention": [], "rope": True}, "one init_from_attention.rope"),
     ],
 )
 def test_init_refuses_what_a_student_cannot_give(chain, run, change, said):
