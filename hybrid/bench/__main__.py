@@ -6,7 +6,6 @@ What decodes wrongly is not timed; what is timed stands beside what it is compar
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 
 from hybrid.bench import rows, trace
 from hybrid.bench.cases import NAMES, Bench, Settings
+from hybrid.bench.timed import free
 from hybrid.shapes import SHAPES
 from kernels_ext.bench.circumstances import circumstances
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job.row.note = "skipped: out of time, raise --budget"
         else:
             job.run()
-            _free()
+            free()
         table.append(job.row)
         _say(rows.line(job.row))
     if chosen.device == "cuda":
@@ -99,13 +99,6 @@ def _settings(chosen: argparse.Namespace) -> Settings:
     changes: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
     settings = replace(Settings() if chosen.device == "cuda" else Settings.tiny(), **changes)
     return replace(settings, few_ks=settings.ks) if chosen.ks else settings
-
-
-def _free() -> None:
-    """Give the last row's buffers and graphs back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -181,3 +182,10 @@ def agreements(
     """How many replies are exact, differ first at a near-tie, and are wrong; see `hybrid.ties`."""
     verdicts = [compare(model, *row)[0] for row in zip(prompts, expected, found, strict=True)]
     return {verdict: verdicts.count(verdict) for verdict in ("exact", "near_tie", "wrong")}
+
+
+def free() -> None:
+    """Give the last row's buffers and graphs back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

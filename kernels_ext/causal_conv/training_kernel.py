@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels_ext.layout import document_strides, rows_contiguous
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_WIDTH = 8  # W above; taps and sums are registers
 MULTIPROCESSORS = 132
@@ -337,7 +339,7 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, bool silu"
 
 @torch.library.custom_op("mamballama::causal_conv_train", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def _forward(x, weight, bias, seq_idx, silu):
-    x, weight = _rows_contiguous(x), _rows_contiguous(weight)
+    x, weight = rows_contiguous(x), rows_contiguous(weight)
     batch, length, channels = x.shape
     y = _output(x, weight, bias, seq_idx, silu)
     config = launch_config("forward", batch, length, channels)
@@ -351,7 +353,7 @@ def _forward(x, weight, bias, seq_idx, silu):
         channels,
         *x.stride()[:2],
         weight.stride(0),
-        *_strides(seq_idx),
+        *document_strides(seq_idx),
         W=weight.shape[1],
         SILU=silu,
         HAS_BIAS=bias is not None,
@@ -372,7 +374,7 @@ def _output(x, weight, bias, seq_idx, silu):
     schema=f"(Tensor dy, {_INPUTS}) -> (Tensor dx, Tensor dweight_dbias)",
 )
 def _backward(dy, x, weight, bias, seq_idx, silu):
-    dy, x, weight = (_rows_contiguous(t) for t in (dy, x, weight))
+    dy, x, weight = (rows_contiguous(t) for t in (dy, x, weight))
     batch, length, channels = x.shape
     width = weight.shape[1]
     dx, sums = _gradients(dy, x, weight, bias, seq_idx, silu)
@@ -392,7 +394,7 @@ def _backward(dy, x, weight, bias, seq_idx, silu):
         *x.stride()[:2],
         *dy.stride()[:2],
         weight.stride(0),
-        *_strides(seq_idx),
+        *document_strides(seq_idx),
         W=width,
         SILU=silu,
         HAS_BIAS=bias is not None,
@@ -421,12 +423,3 @@ def _differentiate(ctx, dy):
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)
-
-
-def _rows_contiguous(t: Tensor) -> Tensor:
-    """Kernels step by one through the last dimension and by any stride through the others."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _strides(seq_idx: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if seq_idx is None else seq_idx.stride()

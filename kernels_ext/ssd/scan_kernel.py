@@ -35,6 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels_ext.layout import document_strides, rows_contiguous
+
 CHUNK = 64  # tokens, Q above
 SIZES = (16, 32, 64, 128)  # of P and N: matrix products want powers of two from 16 on
 LARGEST = {torch.bfloat16: 128, torch.float32: 64}  # of them; float32 needs more registers
@@ -649,7 +651,7 @@ _INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor?
     "mamballama::ssd_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor y, Tensor final_state)"
 )
 def _scan(x, dt, A, B, C, D, seq_idx, initial_state):
-    x, B, C = (_rows_contiguous(t) for t in (x, B, C))
+    x, B, C = (rows_contiguous(t) for t in (x, B, C))
     A, D, initial_state = (_contiguous(t) for t in (A, D, initial_state))
     batch, length, groups, headdim = x.shape
     heads, d_state = C.shape[2:]
@@ -673,7 +675,7 @@ def _scan(x, dt, A, B, C, D, seq_idx, initial_state):
         *dt.stride(),
         *B.stride()[:3],
         *C.stride()[:3],
-        *_strides(seq_idx),
+        *document_strides(seq_idx),
         P=headdim,
         N=d_state,
         Q=CHUNK,
@@ -702,7 +704,7 @@ def _scan_outputs(x, dt, A, B, C, D, seq_idx, initial_state):
     "(Tensor dx, Tensor ddt, Tensor dB, Tensor dC, Tensor dA_dD, Tensor d_initial_state)",
 )
 def _scan_backward(dy, d_final, x, dt, A, B, C, D, seq_idx, initial_state):
-    dy, x, B, C = (_rows_contiguous(t) for t in (dy, x, B, C))
+    dy, x, B, C = (rows_contiguous(t) for t in (dy, x, B, C))
     A, D, initial_state, d_final = (_contiguous(t) for t in (A, D, initial_state, d_final))
     batch, length, groups, headdim = x.shape
     heads, d_state = C.shape[2:]
@@ -712,7 +714,14 @@ def _scan_backward(dy, d_final, x, dt, A, B, C, D, seq_idx, initial_state):
     d_states = torch.empty_like(states)
     _launch_states(x, dt, A, B, C, dy, seq_idx, initial_state, d_final, states, d_states, None, d_initial)
     by_chunk = x.new_empty(batch, chunks, *dA_dD.shape, dtype=torch.float32)
-    strides = *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], *_strides(seq_idx)
+    strides = (
+        *x.stride()[:3],
+        *dt.stride(),
+        *B.stride()[:3],
+        *C.stride()[:3],
+        *dy.stride()[:3],
+        *document_strides(seq_idx),
+    )
     constants = {"P": headdim, "N": d_state, "Q": CHUNK, "HAS_D": D is not None, "HAS_SEQ_IDX": seq_idx is not None}
     constants |= _products(x)
     _head_gradients_kernel[(heads, chunks, batch)](
@@ -827,7 +836,7 @@ def _launch_states(
         *B.stride()[:3],
         *C.stride()[:3],
         *((0, 0, 0) if dy is None else dy.stride()[:3]),
-        *_strides(seq_idx),
+        *document_strides(seq_idx),
         P=headdim,
         N=d_state,
         Q=CHUNK,
@@ -840,17 +849,8 @@ def _launch_states(
     )
 
 
-def _rows_contiguous(t: Tensor) -> Tensor:
-    """Kernels step by one through the last dimension and by any stride through the others."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
-
-
-def _strides(seq_idx: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if seq_idx is None else seq_idx.stride()
 
 
 def _products(x: Tensor) -> dict:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from hybrid.bench import peers
+from hybrid.bench import peers, timed
 from hybrid.bench.cases import CHAT, short_prompts
 from hybrid.bench.timed import GATE_TOKENS, RefusedError, Spread, TimedEngine, attempt, require
 from hybrid.shapes import random_model, shape
@@ -244,7 +243,5 @@ class Bench:
 def free() -> None:
     """Give back what nothing refers to any more, compiled code too: a stage has a process of its own, and so many forms
     of one function in one process would run uncompiled."""
-    gc.collect()
     torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    timed.free()
