@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, pad
 
 from hybrid.cache import Span, SSMCache
 from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep
 from hybrid.rms_norm import RMSNorm
 from kernels_ext import dispatch
+
+ALIGNED = 8
+"""Numbers of 16 bits in the 16 bytes that a load or copy of tensor-core kernels takes at a time."""
 
 
 class MambaMixer(nn.Module):
@@ -58,10 +62,19 @@ class MambaMixer(nn.Module):
         return -torch.exp(self.A_log)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """in_proj's sections of hidden (B, L, d_model)."""
+        """in_proj's sections of hidden (B, L, d_model).
+
+        In training the product has rows of zeros besides, as many as make its own rows aligned: others keep matrix
+        products, three in number there, from their fast kernels.
+        """
         if not torch.is_autocast_enabled(hidden.device.type):  # a student may have float32 mixers in a bfloat16 body
             hidden = hidden.to(self.in_proj.weight.dtype)
-        return self.in_proj(hidden).split(self.sections, dim=-1)
+        missing = -sum(self.sections) % ALIGNED
+        if not self.training or not missing:
+            return self.in_proj(hidden).split(self.sections, dim=-1)
+        bias = None if self.in_proj.bias is None else pad(self.in_proj.bias, (0, missing))
+        projected = linear(hidden, pad(self.in_proj.weight, (0, 0, 0, missing)), bias)
+        return projected.split((*self.sections, missing), dim=-1)[:-1]
 
     def convolve(self, inputs: Tensor, seq_idx: Tensor | None, cache: SSMCache | None, span: Span | None) -> Tensor:
         """Causal convolution of inputs (B, L, channels), after the cache's last inputs, which it then keeps anew."""

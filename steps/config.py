@@ -190,7 +190,10 @@ class TrainConfig(Model):
     """The cosine ends at this fraction of the peak rate."""
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
     grad_clip: float = Field(default=1.0, gt=0.0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: the blocks' matrices by Muon (Jordan et al., 2024) at AdamW's rates, everything else by AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's."""
     checkpoint_every: PositiveInt = 50
     """Optimiser steps between checkpoints."""
 

@@ -25,6 +25,7 @@ from hybrid.compiled import compiled_blocks
 from steps import distributed
 from steps.config import TrainConfig
 from steps.graphed import GraphedPass, Pass
+from steps.optimizers import make_optimizers
 from steps.stage import Checkpoints, Progress, StageContext
 from steps.utilisation import peak_flops, training_flops, utilisation
 
@@ -113,15 +114,7 @@ def train(
         placed = dict(model.named_parameters())
         groups = [(rate, {name: placed[name] for name in group}) for rate, group in groups]
     trained = {name: p for _, group in groups for name, p in group.items()}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": part, "lr": lr, "peak_lr": lr, "weight_decay": decay}
-            for lr, group in groups
-            for part, decay in _decayed(group, config.weight_decay)
-        ],
-        betas=config.betas,
-        fused=True,
-    )
+    optimizers = make_optimizers(groups, config)
     if context.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -134,7 +127,7 @@ def train(
 
     passes = GraphedPass(forward, list(trained.values()), each_tensor) if fixed else _EagerPass(forward)
     compiled = (m for m in (model, teacher) if fixed and m is not None)
-    with compiled_blocks(*compiled), _Saver(context, trained, optimizer) as saver:
+    with compiled_blocks(*compiled), _Saver(context, trained, optimizers) as saver:
         state = saver.restore()
         if state.step:
             log.info("continuing from step %d of %d", state.step, config.steps)
@@ -144,7 +137,7 @@ def train(
             while state.step < config.steps:
                 micro_batches = list(islice(stream, config.accumulation))
                 loss, figures = _gradients(passes, micro_batches)
-                _update(optimizer, list(trained.values()), rate_factor(state.step, config), config.grad_clip)
+                _update(optimizers, list(trained.values()), rate_factor(state.step, config), config.grad_clip)
                 state.step += 1
                 watch.after_step(micro_batches, loss, figures)
                 saver.check()
@@ -186,15 +179,18 @@ def _gradients(passes: _EagerPass | GraphedPass, micro_batches: list[MicroBatch]
     return loss, dict(zip(figures, values, strict=True))
 
 
-def _update(optimizer: torch.optim.Optimizer, trained: list[Tensor], factor: float, grad_clip: float) -> None:
+def _update(
+    optimizers: Sequence[torch.optim.Optimizer], trained: list[Tensor], factor: float, grad_clip: float
+) -> None:
     """One step at `factor` times the peak rates, of gradients whose norm over everything is at most grad_clip."""
     gradients = [p.grad for p in trained if p.grad is not None]
     norm = distributed.full(get_total_norm(gradients))
     clip_grads_with_norm_(trained, grad_clip, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _prefetched(batches: BatchSource, numbers: Iterable[int], device: str) -> Generator[MicroBatch]:
@@ -272,13 +268,6 @@ def select_parameters(
     if not any(groups.values()):
         raise ValueError("nothing to train: mixer_lr and rest_lr are both 0, all is frozen, or the model has no mixer")
     return [(config.mixer_lr, groups[True]), (config.rest_lr, groups[False])]
-
-
-def _decayed(group: dict[str, Tensor], weight_decay: float) -> list[tuple[list[Tensor], float]]:
-    """Matrices decay; norms, biases, A_log, dt_bias and D do not, as in mamba-ssm."""
-    matrices = [p for name, p in group.items() if p.ndim > 1 and not name.endswith("A_log")]  # Mamba-1's is (D, N)
-    others = [p for name, p in group.items() if p.ndim <= 1 or name.endswith("A_log")]
-    return [(part, decay) for part, decay in ((matrices, weight_decay), (others, 0.0)) if part]
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -419,10 +408,13 @@ class _Saver:
     waits for the last one.
     """
 
-    def __init__(self, context: StageContext, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, context: StageContext, trained: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
         self.checkpoints: Checkpoints | None = context.checkpoints if distributed.rank() == 0 else None
         self.wanted = distributed.agreed(self.checkpoints is not None)
-        self.trained, self.optimizer = trained, optimizer
+        self.trained = trained
+        self.states = {p: o.state for o in optimizers for group in o.param_groups for p in group["params"]}
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
 
@@ -447,10 +439,10 @@ class _Saver:
             self.writing.result()
         weights = {name: _on_host(p) for name, p in self.trained.items()}
         moments = {
-            f"{name} {moment}": _on_host(self.optimizer.state[p][moment])
+            f"{name} {moment}": _on_host(self.states[p][p][moment])
             for name, p in self.trained.items()
             for moment in MOMENTS
-            if p in self.optimizer.state
+            if moment in self.states[p].get(p, ())
         }
         if torch.cuda.is_available():
             moments[CUDA_GENERATOR] = torch.cuda.get_rng_state()
@@ -469,16 +461,15 @@ class _Saver:
         state = _LoopState(**json.loads(text))
         state.curve = [(step, loss) for step, loss in state.curve]
         weights, moments = (load_file(found[1] / name) if found else {} for name in (WEIGHTS, STATE))
-        with_moments = distributed.agreed({name for name in self.trained if f"{name} {MOMENTS[0]}" in moments})
+        kept = distributed.agreed(set(moments))
         for name, p in self.trained.items():
             distributed.fill(p, weights.get(name))
-            if name not in with_moments:
-                continue
-            # Every trained weight has had a gradient in every step, or never.
-            kept = self.optimizer.state[p] = {"step": torch.tensor(float(state.step), device=p.device)}
             for moment in MOMENTS:
-                kept[moment] = torch.zeros_like(p)
-                distributed.fill(kept[moment], moments.get(f"{name} {moment}"))
+                if (key := f"{name} {moment}") in kept:
+                    # Every trained weight has had a gradient in every step, or never.
+                    own = self.states[p].setdefault(p, {"step": torch.tensor(float(state.step), device=p.device)})
+                    own[moment] = torch.zeros_like(p)
+                    distributed.fill(own[moment], moments.get(key))
         generators = distributed.agreed({name: moments[name] for name in GENERATORS if name in moments})
         torch.set_rng_state(generators[CPU_GENERATOR])
         if CUDA_GENERATOR in generators and torch.cuda.is_available():

@@ -29,7 +29,7 @@ from tests.hybrid import tiny_hybrid
 
 COMMON: dict[str, Any] = {"steps": 6, "batch_size": 4, "seq_len": 23, "warmup": 0.3, "checkpoint_every": 2}
 ALIGN = AlignConfig(**COMMON, mixer_lr=3e-3)
-KL = KLConfig(**COMMON, mixer_lr=3e-3, rest_lr=1e-3, weight_decay=0.01, grad_clip=0.5)
+KL = KLConfig(**COMMON, optimizer="muon", mixer_lr=3e-3, rest_lr=1e-3, weight_decay=0.01, grad_clip=0.5)
 KL_IN_TWO = KL.model_copy(update={"accumulation": 2})
 CACHED = KL.model_copy(update={"steps": 18, "teacher_cache": "samples:9"})
 SFT = SFTConfig(**COMMON, mixer_lr=3e-3, rest_lr=1e-3)

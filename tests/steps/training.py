@@ -21,6 +21,7 @@ from steps.stage import StageContext
 from tests.hybrid import tiny_hybrid
 
 CONFIG = TrainConfig(
+    optimizer="muon",
     steps=9,
     batch_size=4,
     accumulation=2,
