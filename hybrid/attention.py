@@ -82,8 +82,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.q_proj = nn.Linear(config.d_model, config.d_inner, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.d_xb, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.d_xb, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     def forward(

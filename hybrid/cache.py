@@ -147,8 +147,8 @@ class HybridCache:
                 torch.zeros(state_shape(config) if mamba1 else config.n_heads, device=device),
             )
             if window > 1:
-                cache.ring_x = zeros(self.ring, config.n_kv_heads, config.head_dim, dtype=inputs)
-                cache.ring_B = zeros(self.ring, config.n_kv_heads, config.head_dim, dtype=inputs)
+                cache.ring_x = zeros(self.ring, config.groups, config.head_dim, dtype=inputs)
+                cache.ring_B = zeros(self.ring, config.groups, config.head_dim, dtype=inputs)
                 times = (self.ring, config.d_inner) if mamba1 else (config.n_heads, self.ring)
                 cache.ring_dt = zeros(*times, dtype=torch.float32)
             self.layers.append(cache)
@@ -214,7 +214,7 @@ def cache_bytes(config: HybridConfig, batch: int, context: int, itemsize: int = 
     n_attention, n_mamba = len(config.attention_layers), len(config.mamba_layers)
     state = math.prod(state_shape(config))
     return {
-        "kv": batch * n_attention * 2 * config.d_xb * context * itemsize,
+        "kv": batch * n_attention * 2 * config.n_kv_heads * config.head_dim * context * itemsize,
         "ssm": batch * n_mamba * state * 4,
         "conv": batch * n_mamba * config.d_conv * config.conv_channels * itemsize,
     }

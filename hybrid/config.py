@@ -21,7 +21,7 @@ class UnsupportedModel(ValueError):
 class HybridConfig:
     """Shapes of the model; names as in transformers' LlamaConfig and in mamba-ssm.
 
-    The mixer of a replaced layer has d_inner = n_heads·head_dim, n_kv_heads groups of x and B and n_heads heads of C.
+    The mixer of a replaced layer has d_inner = n_heads·head_dim, `groups` groups of x and B and n_heads heads of C.
     Mamba-2 has headdim = d_state = head_dim; Mamba-1 cuts B and C of a head into pieces of d_state channels.
     """
 
@@ -49,6 +49,9 @@ class HybridConfig:
     """What stands in place of attention in the replaced layers, the same in all of them."""
     d_state: int | None = None
     """State numbers per channel. Mamba-1: a divisor of head_dim, None is 16. Mamba-2: head_dim, which None is too."""
+    ngroups: int | None = None
+    """Groups of x and B in the mixers: None is attention's n_kv_heads; or a multiple of them that divides n_heads, so
+    that heads which share keys and values in attention write states of their own."""
     mixer_rope: bool = False
     """Mamba-2 only: B and C are rotated by position as keys and queries are, so that C_t·B_s depends on t − s."""
     dt_rank: int | None = None
@@ -57,6 +60,11 @@ class HybridConfig:
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.n_heads % self.groups or self.groups % self.n_kv_heads:
+            raise ValueError(
+                f"ngroups {self.groups} must be a multiple of n_kv_heads {self.n_kv_heads} and divide n_heads "
+                f"{self.n_heads}"
+            )
         wrong = [i for i in self.attention_layers if not 0 <= i < self.n_layers]
         if wrong:
             raise ValueError(f"attention_layers {wrong} do not exist; the model has layers 0 to {self.n_layers - 1}")
@@ -85,8 +93,13 @@ class HybridConfig:
         return self.n_heads * self.head_dim
 
     @property
+    def groups(self) -> int:
+        """ngroups with its default filled in."""
+        return self.n_kv_heads if self.ngroups is None else self.ngroups
+
+    @property
     def d_xb(self) -> int:
-        return self.n_kv_heads * self.head_dim
+        return self.groups * self.head_dim
 
     @property
     def conv_channels(self) -> int:

@@ -7,6 +7,7 @@ else (embeddings, MLP, norms, kept attention, mixers of an earlier student) is c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -46,6 +47,7 @@ def from_attention(
     a_min: float = 8.0,
     a_max: float = 64.0,
     rope: bool = False,
+    ngroups: int | None = None,
     seed: int = 0,
 ) -> HybridForCausalLM:
     """A student with mixers in all layers but `attention_layers`; shares no tensor with `base`.
@@ -58,7 +60,8 @@ def from_attention(
     `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU on x, B, C, A ~ U(1, 16), as the released
     code. `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times
     gate_scale, A spread geometrically over [a_min, a_max]. In both dt_bias puts dt log-uniform in [1e-3, 0.1]. Mixers
-    are float32. rope: their B and C are rotated by position, as the k and q that they come from.
+    are float32. rope: their B and C are rotated by position, as the k and q that they come from. ngroups: groups of x
+    and B, as `HybridConfig`'s; more than attention has begin as copies.
     """
     missing = sorted(set(attention_layers) - set(base.config.attention_layers))
     if missing:
@@ -72,12 +75,14 @@ def from_attention(
         conv_silu=method == "paper",
         proj_bias=method != "paper",
         mixer_rope=rope,
+        ngroups=ngroups,
     )
     if base.config.mamba_layers and replace(config, attention_layers=base.config.attention_layers) != base.config:
         raise ValueError(
-            f"method {method!r} and rope {str(rope).lower()} make mixers of another form than those that are carried "
-            "over: variants that continue from one another need one init_from_attention.method, `paper` or another, "
-            "and one init_from_attention.rope"
+            f"method {method!r}, rope {str(rope).lower()} and ngroups {config.groups} make mixers of another form than "
+            "those that are carried over: variants that continue from one another need one "
+            "init_from_attention.method, `paper` or another, one init_from_attention.rope and one "
+            "init_from_attention.ngroups"
         )
     with torch.device("meta"):
         student = HybridForCausalLM(config)
@@ -103,10 +108,23 @@ def new_mixers(base: HybridForCausalLM, student: HybridForCausalLM) -> tuple[int
 
 @torch.no_grad()
 def copy_projections(attention: Attention, mixer: Mamba2Mixer) -> None:
-    rows = in_proj_rows(mixer.config)
-    for source, target in (("q_proj", "C"), ("k_proj", "B"), ("v_proj", "x")):
-        mixer.in_proj.weight[rows[target]] = getattr(attention, source).weight.to(mixer.in_proj.weight)
-    mixer.out_proj.weight.copy_(attention.o_proj.weight)
+    for _, source, target in _map(attention, mixer):
+        target.copy_(source)
+
+
+def _map(attention: Attention, mixer: Mamba2Mixer) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(projection, its weights as the mixer has them, the mixer's own); k and v once for each group that is made of
+    them."""
+    config, rows, weight = mixer.config, in_proj_rows(mixer.config), mixer.in_proj.weight
+
+    def grouped(projection: Tensor) -> Tensor:
+        heads = projection.unflatten(0, (config.n_kv_heads, config.head_dim))
+        return heads.repeat_interleave(config.groups // config.n_kv_heads, dim=0).flatten(0, 1)
+
+    yield "q_proj", attention.q_proj.weight, weight[rows["C"]]
+    yield "k_proj", grouped(attention.k_proj.weight), weight[rows["B"]]
+    yield "v_proj", grouped(attention.v_proj.weight), weight[rows["x"]]
+    yield "o_proj", attention.o_proj.weight, mixer.out_proj.weight
 
 
 @torch.no_grad()
@@ -119,20 +137,13 @@ def scale_out_proj(base: HybridForCausalLM, student: HybridForCausalLM, factor: 
 
 def verify(base: HybridForCausalLM, student: HybridForCausalLM) -> None:
     """Raises RuntimeError unless every copied weight equals its source: a silent miss has cost others whole runs."""
-    rows = in_proj_rows(student.config)
     made = new_mixers(base, student)
     for layer in made:
-        attention, mixer = base.blocks[layer].self_attn, student.blocks[layer].mamba
-        for source, copied in (
-            (attention.q_proj.weight, mixer.in_proj.weight[rows["C"]]),
-            (attention.k_proj.weight, mixer.in_proj.weight[rows["B"]]),
-            (attention.v_proj.weight, mixer.in_proj.weight[rows["x"]]),
-            (attention.o_proj.weight, mixer.out_proj.weight),
-        ):
+        mixer = student.blocks[layer].mamba
+        assert isinstance(mixer, Mamba2Mixer)
+        for name, source, copied in _map(base.blocks[layer].self_attn, mixer):
             if not torch.equal(source.to(copied), copied):
-                raise RuntimeError(
-                    f"layer {layer}: a projection of the mixer differs from the attention it was copied from"
-                )
+                raise RuntimeError(f"layer {layer}: the mixer's weights differ from the {name} they were copied from")
     theirs = dict(base.named_parameters())
     new = tuple(f"model.layers.{layer}.mamba." for layer in made)
     for name, ours in student.named_parameters():

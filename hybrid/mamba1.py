@@ -103,7 +103,7 @@ class Mamba1Mixer(MambaMixer):
         config = self.config
         pieces = (config.head_dim // config.state_size, config.state_size)
         return (
-            x.unflatten(-1, (config.n_kv_heads, config.head_dim)),
-            B.unflatten(-1, (config.n_kv_heads, *pieces)),
+            x.unflatten(-1, (config.groups, config.head_dim)),
+            B.unflatten(-1, (config.groups, *pieces)),
             C.unflatten(-1, (config.n_heads, *pieces)),
         )

@@ -82,7 +82,7 @@ class Mamba2Mixer(MambaMixer):
                 *step.rope,
                 cursors.lengths,
                 step.slots,
-                self.config.n_kv_heads,
+                self.config.groups,
                 cache.ring_B,
                 step.offset,
             )
@@ -131,7 +131,7 @@ class Mamba2Mixer(MambaMixer):
         config = self.config
         x, B, C = convolved.split((config.d_xb, config.d_xb, config.d_inner), dim=-1)
         return (  # (B, L, G, P), (B, L, G, N), (B, L, H, N)
-            x.unflatten(-1, (config.n_kv_heads, config.head_dim)),
-            B.unflatten(-1, (config.n_kv_heads, config.head_dim)),
+            x.unflatten(-1, (config.groups, config.head_dim)),
+            B.unflatten(-1, (config.groups, config.head_dim)),
             C.unflatten(-1, (config.n_heads, config.head_dim)),
         )

@@ -47,7 +47,7 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
         scale_out_proj(base, student, NEAR_IDENTITY)
         start["near_identity"] = measure(teacher, student, inputs, context)
     if config.method != "paper" and config.measure_paper and base is teacher:
-        published = config.model_copy(update={"rope": False})
+        published = config.model_copy(update={"rope": False, "ngroups": "kv_heads"})
         start["paper"] = measure(teacher, build(published, teacher, kept, "paper", context.seed), inputs, context)
     save_student(student, inputs, out)
     return {
@@ -77,6 +77,7 @@ def build(
             a_min=config.a_min,
             a_max=config.a_max,
             rope=config.rope,
+            ngroups=base.config.n_heads if config.ngroups == "heads" else None,
             seed=seed,
         )
     except ValueError as error:

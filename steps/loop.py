@@ -125,7 +125,8 @@ def train(
         with autocast(context):
             return loss_function(model, data)
 
-    passes = GraphedPass(forward, list(trained.values()), each_tensor) if fixed else _EagerPass(forward)
+    weights, alone = list(trained.values()), config.accumulation == 1
+    passes = GraphedPass(forward, weights, each_tensor, alone) if fixed else _EagerPass(forward)
     compiled = (m for m in (model, teacher) if fixed and m is not None)
     with compiled_blocks(*compiled), _Saver(context, trained, optimizers) as saver:
         state = saver.restore()
@@ -137,7 +138,7 @@ def train(
             while state.step < config.steps:
                 micro_batches = list(islice(stream, config.accumulation))
                 loss, figures = _gradients(passes, micro_batches)
-                _update(optimizers, list(trained.values()), rate_factor(state.step, config), config.grad_clip)
+                _update(optimizers, weights, rate_factor(state.step, config), config.grad_clip)
                 state.step += 1
                 watch.after_step(micro_batches, loss, figures)
                 saver.check()

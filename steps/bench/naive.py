@@ -127,7 +127,7 @@ class RepeatedHeads(nn.Module):
         z, xBC, dt = mixer.project(hidden_states)
         dt = softplus(dt.float() + mixer.dt_bias)
         xBC = causal_conv(xBC, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, seq_idx, silu=config.conv_silu)
-        sizes, ratio = (config.d_xb, config.d_xb, config.d_inner), config.n_heads // config.n_kv_heads
+        sizes, ratio = (config.d_xb, config.d_xb, config.d_inner), config.n_heads // config.groups
         x, B, C = (t.unflatten(-1, (-1, config.head_dim)) for t in xBC.split(sizes, dim=-1))
         x, B = (t.repeat_interleave(ratio, dim=2) for t in (x, B))  # (B, L, H, P)
         scan = ssd_mamba_ssm if x.is_cuda and _mamba_ssm_imports() else ssd_chunked

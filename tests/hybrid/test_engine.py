@@ -70,6 +70,7 @@ MODELS = {
     "hybrid": {},
     "mamba-2": {"attention_layers": ()},
     "rotary mamba-2": {"attention_layers": (1,), "mixer_rope": True},
+    "mamba-2 without shared x and B": {"attention_layers": (1,), "ngroups": 6},
     "attention": {"attention_layers": (0, 1, 2, 3)},
     "mamba-1": {"attention_layers": (), "mixer": "mamba1", "d_state": 4},
     "hybrid of mamba-1": {"mixer": "mamba1", "d_state": 4},

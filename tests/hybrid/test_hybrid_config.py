@@ -86,5 +86,10 @@ def test_impossible_shapes():
         tiny_hybrid.config(mixer="mamba1", mixer_rope=True)
     with pytest.raises(ValueError, match="n_heads 6 is not a multiple of n_kv_heads 4"):
         tiny_hybrid.config(n_kv_heads=4)
+    for ngroups in (3, 12):
+        with pytest.raises(
+            ValueError, match=f"ngroups {ngroups} must be a multiple of n_kv_heads 2 and divide n_heads 6"
+        ):
+            tiny_hybrid.config(ngroups=ngroups)
     with pytest.raises(ValueError, match=r"\[4, -1\] do not exist; the model has layers 0 to 3"):
         tiny_hybrid.config(attention_layers=(1, 4, -1))

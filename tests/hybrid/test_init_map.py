@@ -88,16 +88,41 @@ def test_attention_that_was_given_up_does_not_come_back(teacher):
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
-        (("copy", False), ("paper", False), "method 'paper' and rope false make mixers of another form"),
-        (("paper", False), ("copy", False), "method 'copy' and rope false make mixers of another form"),
-        (("copy", False), ("copy", True), "rope true make mixers of another form.*one init_from_attention.rope"),
-        (("copy", True), ("copy", False), "rope false make mixers of another form.*one init_from_attention.rope"),
+        (("copy", False), ("paper", False), "method 'paper', rope false and ngroups 2 make mixers of another form"),
+        (("paper", False), ("copy", False), "method 'copy', rope false and ngroups 2 make mixers of another form"),
+        (("copy", False), ("copy", True), "rope true and ngroups 2 make.*one init_from_attention.rope"),
+        (("copy", True), ("copy", False), "rope false and ngroups 2 make.*one init_from_attention.rope"),
     ],
 )
 def test_mixers_of_two_forms_do_not_go_together(teacher, first, second, said):
     before = from_attention(teacher, (1, 3), first[0], rope=first[1])
     with pytest.raises(ValueError, match=said):
         from_attention(before, (3,), second[0], rope=second[1])
+
+
+@pytest.mark.parametrize("mixer_rope", [False, True])
+@pytest.mark.parametrize("method", ["copy", "paper"])
+def test_more_groups_begin_as_the_same_function(teacher, method, mixer_rope):
+    shared = from_attention(teacher, KEPT, method, rope=mixer_rope, seed=2)
+    own = from_attention(teacher, KEPT, method, rope=mixer_rope, ngroups=6, seed=2)
+    assert [m.in_proj.out_features for m in (mixers(shared)[0], mixers(own)[0])] == [48 + 16 + 16 + 48 + 6, 4 * 48 + 6]
+    for few, many in zip(mixers(shared), mixers(own), strict=True):
+        rows, theirs = in_proj_rows(own.config), in_proj_rows(shared.config)
+        assert torch.equal(
+            many.in_proj.weight[rows["B"]].view(2, 3, 8, -1)[:, 1], few.in_proj.weight[theirs["B"]].view(2, 8, -1)
+        )
+        for name, ours in many.named_parameters():  # what is drawn is drawn by row, so copied for the comparison
+            drawn = few.get_parameter(name).data
+            if name.startswith("conv1d"):
+                x, B, C = drawn.split((16, 16, 48))
+                x, B = (t.unflatten(0, (2, 8)).repeat_interleave(3, 0).flatten(0, 1) for t in (x, B))
+                ours.data = torch.cat([x, B, C])
+            elif name.startswith("in_proj"):
+                ours[rows["z"]], ours[rows["dt"]] = drawn[theirs["z"]], drawn[theirs["dt"]]
+            else:
+                ours.data = drawn
+    text = tokens(2, 11)
+    torch.testing.assert_close(own.hidden(text), shared.hidden(text))
 
 
 def test_rope_changes_no_weight(teacher):
