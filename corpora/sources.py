@@ -314,7 +314,7 @@ def _hub_commit(source: Source) -> str:
         return source.revision
     from huggingface_hub import HfApi
 
-    kind = "dataset" if "split" in source.options or "column" in source.options else "model"
+    kind = "dataset" if source.options else "model"
     try:
         return str(HfApi().repo_info(source.location, revision=source.revision, repo_type=kind, timeout=20).sha)
     except Exception as error:

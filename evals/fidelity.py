@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,21 @@ from torch import Tensor
 
 from corpora.shards import Shard
 from evals.batches import length_sorted
+from evals.benchmark import Found, Subject
 from evals.head import EvaluationError, Head, chunk_tokens
 from hybrid import HybridForCausalLM
+
+PLAIN_TEXTS = ("held_out_text", "natural")
+"""Documents of the corpus that are no conversations, where it holds them: the teacher's own, and what neither wrote."""
+
+
+class Settings(Protocol):
+    """What `measure` reads of the benchmark's configuration."""
+
+    held_out_conversations: int
+    seq_len: int
+    skip_positions: int
+    natural_tokens: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,28 @@ class TokenScores:
     teacher_nll: np.ndarray | None = None
     kl: np.ndarray | None = None
     top1: np.ndarray | None = None
+
+
+def measure(subject: Subject, config: Settings) -> Found:
+    """Figures by text, of `summarise` and `by_position`, and a row per block and metric; KL only beside a teacher."""
+    found = Found(summary={})
+    texts = _texts(subject.corpus, config)
+    for done, (text, blocks) in enumerate(texts.items(), 1):
+        scores = token_scores(subject.model, blocks, subject.teacher, batch_size=subject.batch_size)
+        figures = summarise(scores)
+        found.summary[text] = figures | {"by_position": by_position(scores)}
+        found.records += score_records(scores, text)
+        subject.progress(done / len(texts), f"{text} ppl {figures['ppl']:.3g}")
+    return found
+
+
+def _texts(corpus: Path, config: Settings) -> dict[str, list[Block]]:
+    count, seq_len = config.held_out_conversations, config.seq_len
+    texts = {"held_out": conversation_blocks(corpus / "held_out.npz", count, seq_len, config.skip_positions)}
+    for text in PLAIN_TEXTS if config.natural_tokens else ():
+        if (shard := corpus / f"{text}.npz").is_file():
+            texts[text] = text_blocks(shard, config.natural_tokens, seq_len)
+    return texts
 
 
 def conversation_blocks(shard: Path, count: int, seq_len: int, skip: int) -> list[Block]:
@@ -181,6 +216,29 @@ def summarise(scores: Sequence[TokenScores]) -> dict[str, Any]:
         teacher_nll = np.concatenate([s.teacher_nll for s in scores])
         summary["ppl_ratio"] = float(np.exp(nll.mean() - teacher_nll.mean()))
     return summary | {"tokens": len(nll), "documents": len(set(documents))}
+
+
+def by_position(scores: Sequence[TokenScores]) -> list[dict[str, Any]]:
+    """Means over the n scored tokens with from ≤ position < to, two stretches to every doubling of the position; those
+    without tokens are left out. A token's position counts what its model had read of the block before it.
+
+    nll; kl, teacher_nll and top1 beside a teacher. Both models get the same stretches on the same blocks.
+    """
+    positions = np.concatenate([s.block.first + np.arange(len(s.nll)) for s in scores])
+    end = max(len(s.block.tokens) for s in scores)
+    edges = np.unique(np.append(np.floor(2 ** (np.arange(2 * end.bit_length()) / 2)).clip(max=end), end)).astype(int)
+    stretch = np.digitize(positions, edges) - 1
+    sizes = np.bincount(stretch, minlength=len(edges) - 1)
+    means = {}
+    for name in ("kl", "nll", "teacher_nll", "top1"):
+        if getattr(scores[0], name) is not None:
+            values = np.concatenate([getattr(s, name) for s in scores])
+            means[name] = np.bincount(stretch, values, len(sizes)) / np.maximum(sizes, 1)
+    return [
+        {"from": int(edges[i]), "to": int(edges[i + 1]), **{k: float(v[i]) for k, v in means.items()}, "n": int(n)}
+        for i, n in enumerate(sizes)
+        if n
+    ]
 
 
 def clustered_error(values: Sequence[np.ndarray], clusters: Sequence[str]) -> float | None:

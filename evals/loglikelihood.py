@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,25 +13,31 @@ from hybrid import HybridForCausalLM
 
 @torch.no_grad()
 def loglikelihoods(
-    model: HybridForCausalLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+    model: HybridForCausalLM,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    batch_size: int,
+    context: int | None = None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> list[tuple[float, bool]]:
     """(Σ ln p(continuation | context), whether greedy decoding gives it) for pairs of token lists, neither empty.
 
-    A text that several pairs need is read once: four one-letter answers to a question cost one sequence. Contexts too
-    long for the model lose their beginning. The result does not depend on the batch size, rounding aside.
+    A text that several pairs need is read once: four one-letter answers to a question cost one sequence. A pair of more
+    than `context` tokens (None: as many as the model has positions) loses its beginning; `too_long` says which. The
+    result does not depend on the batch size, rounding aside. progress is told the share of texts that are read.
     """
-    limit = model.config.max_position_embeddings
+    limit = context or model.config.max_position_embeddings
     readers: dict[tuple[int, ...], list[int]] = {}
-    for i, (context, continuation) in enumerate(pairs):
-        if not context or not continuation or len(continuation) > limit:
+    for i, (before, continuation) in enumerate(pairs):
+        if not before or not continuation or len(continuation) > limit:
             raise EvaluationError(
-                f"request {i}: context of {len(context)} and continuation of {len(continuation)} tokens; "
+                f"request {i}: context of {len(before)} and continuation of {len(continuation)} tokens; "
                 f"both need at least one token, and the continuation at most {limit}"
             )
-        readers.setdefault((*context, *continuation[:-1])[-limit:], []).append(i)
+        readers.setdefault((*before, *continuation[:-1])[-limit:], []).append(i)
     texts = list(readers)
     head = Head(model)
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    read = 0
     for chosen, tokens in length_sorted(texts, batch_size, model.lm_head_weight.device):
         hidden = model.hidden(tokens)
         wanted = [
@@ -46,7 +52,15 @@ def loglikelihoods(
         counts = [len(continuation) for *_, continuation in wanted]
         for (i, *_), score, best in zip(wanted, scores.split(counts), greedy.split(counts), strict=True):
             results[i] = float(score.sum()), bool(best.all())
+        read += len(chosen)
+        progress(read / len(texts))
     return results
+
+
+def too_long(pair: tuple[Sequence[int], Sequence[int]], context: int) -> bool:
+    """Whether a pair has more tokens than are read of it."""
+    before, continuation = pair
+    return len(before) + len(continuation) - 1 > context
 
 
 def _token_scores(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,8 +25,21 @@ item_hash: of the item's content; prompt_hash: of what the model was given. clus
 score: mean over the item's n tokens, or of the one answer (n = 1). response: what the model chose or said."""
 
 
+FILLED_IN = {"run", "model"}
+"""Columns that `table` fills in; a benchmark's records have all the others."""
+
+
 def table(records: Iterable[Mapping[str, Any]], model: str, run: str = "") -> pd.DataFrame:
-    """Records of one model as a table with exactly COLUMNS. Raises ValueError if an item has a metric twice."""
+    """Records of one model as a table with exactly COLUMNS. Raises ValueError if a record has other columns than those
+    and if an item has a metric twice."""
+    records = list(records)
+    expected = COLUMNS.keys() - FILLED_IN
+    for number, record in enumerate(records):
+        if record.keys() != expected:
+            raise ValueError(
+                f"record {number} ({record.get('benchmark')}, item {record.get('item')!r}): "
+                f"missing {sorted(expected - record.keys())}, unknown {sorted(record.keys() - expected)}"
+            )
     frame = pd.DataFrame([{"run": run, "model": model, **r} for r in records], columns=list(COLUMNS)).astype(COLUMNS)
     twice = frame[frame.duplicated(["benchmark", "item", "metric"])]
     if len(twice):

@@ -1,8 +1,10 @@
-"""Paired comparison of a student with its teacher on the same items.
+"""Paired comparison of a student with its teacher, or of any two models, on the same items.
 
 Every figure here rests on per-item differences, student − teacher: the variance that both models share (some items are
 hard for both) cancels, which an unpaired test throws away. Items of one document or subject are resampled together.
 Background: Miller 2024, "Adding Error Bars to Evals" (2411.00640); flips: "Accuracy is Not All You Need" (2407.09141).
+
+Loads no model, and nothing that could. Which benchmark is compared by which metric is `evals.comparison`'s affair.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student_t
 
 DRAWS = 10_000
+FEWEST_CLUSTERS = 5
+"""With fewer there is no verdict: intervals of 4 that should miss 0 once in 20 times did so once in 8 (simulated)."""
 _CELLS = 4_000_000
 """Largest (draws × groups) block held at once, in array elements."""
 
 
-class ComparisonError(ValueError):
-    """Two sets of rows that must not be compared; the message says what differs."""
+class NotComparable(ValueError):
+    """Two sets of rows that must not be compared; the message says on which benchmark, on how many items, what differs
+    and an example."""
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -84,6 +90,16 @@ def bootstrap_means(sums: np.ndarray, weights: np.ndarray, draws: int = DRAWS, s
     return np.sort(np.concatenate(means))
 
 
+def tail(alpha: float, clusters: int) -> float:
+    """The quantile of `bootstrap_means` at which a one-sided 1 − alpha interval ends: below alpha, the more so the
+    fewer clusters there are, of which a plain percentile interval takes too little notice.
+
+    The expanded percentile interval of Hesterberg 2014, "What Teachers Should Know about the Bootstrap" (1411.5279):
+    as wide as Student's t would have it.
+    """
+    return float(norm.cdf(-sqrt(clusters / (clusters - 1)) * student_t.ppf(1 - alpha, clusters - 1)))
+
+
 def sign_flip_p(sums: np.ndarray, draws: int = DRAWS, seed: int = 0) -> float:
     """Two-sided Monte Carlo sign-flip test that the cluster sums are symmetric around 0.
 
@@ -121,27 +137,34 @@ def compare(
     delta: float,
     *,
     higher_is_better: bool = True,
+    sides: tuple[str, str] = ("the teacher", "the student"),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One line of comparison.json: student − teacher on one benchmark and metric, joined item by item.
 
-    Rows are in the evaluation schema; means are weighted by `n` (tokens of an item, or 1). The interval is that of a
-    percentile bootstrap over clusters, for 0/1 scores with one imagined flip each way added. p: exact McNemar for 0/1
-    scores where every item is its own cluster, else a sign-flip test over clusters; `test` names which. p_holm is
-    None: `holm` needs the whole family. flips are None unless scores are 0/1. `bound` is the end of the one-sided
-    95 % interval towards harm, in the metric's units.
+    sides: what a refusal calls the two, where they are other models.
 
-    Raises ComparisonError where the two sides do not have the same items, prompts, token counts or clusters.
+    Rows are in the evaluation schema; means are weighted by `n` (tokens of an item, or 1). The interval is that of a
+    percentile bootstrap over clusters, expanded by `tail`, for 0/1 scores with one imagined flip each way added. p:
+    exact McNemar for 0/1 scores where every item is its own cluster, else a sign-flip test over clusters; `test` names
+    which. p_holm is None: `holm` needs the whole family. flips are None unless scores are 0/1. `bound` is the end of
+    the one-sided 95 % interval towards harm, in the metric's units. The verdict is "inconclusive" for fewer clusters
+    than FEWEST_CLUSTERS.
+
+    Raises NotComparable where the two sides do not have the same items, prompts, token counts or clusters.
     """
-    pairs = _join(teacher_rows, student_rows, benchmark, metric)
+    pairs = _join(teacher_rows, student_rows, benchmark, metric, sides)
     teacher = pairs["score_teacher"].to_numpy(float)
     student = pairs["score_student"].to_numpy(float)
     weights = pairs["n_teacher"].to_numpy(float)
     differences = student - teacher
     sums, sizes = cluster_sums(differences, weights, pairs["cluster_teacher"].to_numpy())
     if len(sums) < 2:
-        raise ComparisonError(f"{benchmark}/{metric}: only one cluster of items; an interval needs at least 2")
+        raise NotComparable(
+            f"{benchmark}/{metric}: all {len(pairs)} items are of one cluster, {pairs['cluster_teacher'].iloc[0]!r}; "
+            "an interval needs at least 2"
+        )
 
     difference = float(sums.sum() / sizes.sum())
     binary = bool(np.isin(teacher, (0, 1)).all() and np.isin(student, (0, 1)).all())
@@ -149,7 +172,8 @@ def compare(
     # width. Two imagined items, one flipped each way, mend it, as in the adjusted interval of Bonett and Price (2012).
     imagined = (np.array([1.0, -1.0]), np.ones(2)) if binary else (np.empty(0), np.empty(0))
     means = bootstrap_means(np.append(sums, imagined[0]), np.append(sizes, imagined[1]), draws, seed)
-    low, high, one_low, one_high = np.quantile(means, [0.025, 0.975, 0.05, 0.95]).tolist()
+    two, one = tail(0.025, len(sums)), tail(0.05, len(sums))
+    low, high, one_low, one_high = np.quantile(means, [two, 1 - two, one, 1 - one]).tolist()
     up, down = int((differences > 0).sum()), int((differences < 0).sum())
     if not higher_is_better:
         up, down = down, up
@@ -176,47 +200,51 @@ def compare(
         "flips_down": down if binary else None,
         "mde": minimum_detectable_difference(float(means.std())),
         "delta": delta,
-        "verdict": verdict(gain_low, sign * bound, gain_high, delta),
+        "verdict": "inconclusive" if len(sums) < FEWEST_CLUSTERS else verdict(gain_low, sign * bound, gain_high, delta),
     }
 
 
-def _join(teacher_rows: pd.DataFrame, student_rows: pd.DataFrame, benchmark: str, metric: str) -> pd.DataFrame:
+def _join(
+    teacher_rows: pd.DataFrame, student_rows: pd.DataFrame, benchmark: str, metric: str, sides: tuple[str, str]
+) -> pd.DataFrame:
     """One row per item, columns suffixed _teacher and _student, ordered by item; refuses whatever does not match."""
     where = f"{benchmark}/{metric}"
-    sides = {}
-    for side, rows in (("teacher", teacher_rows), ("student", student_rows)):
-        chosen = rows[(rows["benchmark"] == benchmark) & (rows["metric"] == metric)]
-        if chosen.empty:
-            raise ComparisonError(f"{where}: the {side} has no rows")
-        repeated = chosen["item"][chosen["item"].duplicated()]
-        if len(repeated):
-            raise ComparisonError(f"{where}: the {side} has item {repeated.iloc[0]!r} more than once")
-        missing = chosen["item"][~np.isfinite(chosen["score"].to_numpy(float))]
-        if len(missing):
-            raise ComparisonError(
-                f"{where}: the {side} has no score for {len(missing)} items, first {missing.iloc[0]!r}"
-            )
-        sides[side] = chosen.set_index("item").sort_index()
-    teacher, student = sides["teacher"], sides["student"]
+    teacher = _chosen(teacher_rows, benchmark, metric, sides[0])
+    student = _chosen(student_rows, benchmark, metric, sides[1])
     apart = teacher.index.symmetric_difference(student.index)
     if len(apart):
-        raise ComparisonError(
-            f"{where}: item sets differ (teacher {len(teacher)}, student {len(student)}, "
+        raise NotComparable(
+            f"{where}: item sets differ ({sides[0]} {len(teacher)}, {sides[1]} {len(student)}, "
             f"not in both {len(apart)}, first {apart[0]!r}); evaluate both on the same items"
         )
     for column, meaning in (
         ("item_hash", "contents"),
-        ("prompt_hash", "prompts"),
+        ("prompt_hash", "prompts, which a judge and its settings belong to"),
         ("n", "numbers of tokens"),
         ("cluster", "clusters"),
     ):
         unlike = teacher.index[(teacher[column] != student[column]).to_numpy()]
         if len(unlike):
-            raise ComparisonError(
+            raise NotComparable(
                 f"{where}: {column} differs on {len(unlike)} of {len(teacher)} items, first {unlike[0]!r}; "
-                f"teacher and student saw different {meaning}"
+                f"{sides[0]} and {sides[1]} saw different {meaning}"
             )
     empty = teacher.index[(teacher["n"] <= 0).to_numpy()]
     if len(empty):
-        raise ComparisonError(f"{where}: n must be positive, and is not for {len(empty)} items, first {empty[0]!r}")
+        raise NotComparable(f"{where}: n must be positive, and is not for {len(empty)} items, first {empty[0]!r}")
     return teacher.join(student, lsuffix="_teacher", rsuffix="_student")
+
+
+def _chosen(rows: pd.DataFrame, benchmark: str, metric: str, side: str) -> pd.DataFrame:
+    """One side's rows by item, in order; refuses what is not there, twice there or no number."""
+    where = f"{benchmark}/{metric}"
+    chosen = rows[(rows["benchmark"] == benchmark) & (rows["metric"] == metric)]
+    if chosen.empty:
+        raise NotComparable(f"{where}: {side} has no rows")
+    repeated = chosen["item"][chosen["item"].duplicated()]
+    if len(repeated):
+        raise NotComparable(f"{where}: {side} has item {repeated.iloc[0]!r} more than once")
+    missing = chosen["item"][~np.isfinite(chosen["score"].to_numpy(float))]
+    if len(missing):
+        raise NotComparable(f"{where}: {side} has no score for {len(missing)} items, first {missing.iloc[0]!r}")
+    return chosen.set_index("item").sort_index()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ from typing import Any
 
 import pandas as pd
 
+from reports.text import printable
+
+TEACHER = "teacher"
 TEACHER_ROLE = "benchmark_teacher"
 
 
@@ -55,7 +59,7 @@ def load(inputs: Mapping[str, Path]) -> RunData:
         if role == TEACHER_ROLE or stage == "benchmark":
             found = _benchmark(Path(folder))
             if found:
-                benchmarks[variant or "teacher"] = found
+                benchmarks[variant or TEACHER] = found
         elif stage == "speculative_profile" and (path := Path(folder) / "profile.json").exists():
             speculation[variant] = read_json(path)
     return RunData(lineage, _variants(lineage, inputs), benchmarks, speculation)
@@ -63,7 +67,7 @@ def load(inputs: Mapping[str, Path]) -> RunData:
 
 def all_rows(data: RunData) -> pd.DataFrame:
     """The rows of every model in one table, under this run's names and not those of the run that computed them."""
-    order = [name for name in ["teacher", *data.variants] if name in data.benchmarks]
+    order = [name for name in [TEACHER, *data.variants] if name in data.benchmarks]
     tables = [
         rows.assign(run=str(data.lineage.get("run", "")), model=name)
         for name in order
@@ -74,22 +78,47 @@ def all_rows(data: RunData) -> pd.DataFrame:
 
 def read_json(path: Path) -> Any:
     try:
-        return finite(json.loads(path.read_text(encoding="utf-8")))
+        return clean(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ReportError(f"{path}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ReportError(f"{path}: not valid JSON: {error}") from None
 
 
-def finite(value: Any) -> Any:
-    """The same value with NaN and infinities, which JSON has no word for, as None."""
+def clean(value: Any) -> Any:
+    """The same value as JSON and a page can show it: NaN and infinities as None, unprintable characters replaced."""
+    if isinstance(value, str):
+        return printable(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
+        return {printable(str(k)): clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [clean(v) for v in value]
     return value
+
+
+def write_rows(rows: pd.DataFrame, path: Path) -> None:
+    """Texts quoted throughout: an answer may hold line breaks of any kind."""
+    rows.to_csv(path, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """What `write_rows` wrote; an empty text stays a text."""
+    try:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: not a readable table of rows: {error}") from None
+    lacking = [name for name in ("run", "model") if name not in rows]
+    if lacking:
+        raise ReportError(f"{path}: columns missing: {', '.join(lacking)}")
+    if "score" in rows:
+        rows["score"], rows["n"] = rows["score"].map(_score), rows["n"].astype("int64")
+    return rows
+
+
+def _score(text: str) -> float:
+    return float(text) if text else math.nan
 
 
 def _benchmark(folder: Path) -> Benchmark | None:
@@ -111,7 +140,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if not text.strip():
             continue
         try:
-            record = finite(json.loads(text))
+            record = clean(json.loads(text))
         except json.JSONDecodeError as error:
             raise ReportError(f"{path}, line {line}: not valid JSON: {error}") from None
         if not isinstance(record, dict) or not {"prompt", "response"} <= record.keys():

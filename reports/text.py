@@ -10,6 +10,13 @@ from math import floor, log10
 
 MISSING = "—"
 _THIN = "\u202f"
+_UNSEEN = [0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+"""Marks that turn the reading direction of what follows, and halves of surrogate pairs, which UTF-8 cannot write."""
+_STAND_INS = (
+    {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
+    | {0x7F: "\u2421"}
+    | dict.fromkeys([*range(0x80, 0xA0), *_UNSEEN], "\ufffd")
+)
 TEXTS = {
     "held_out": "held-out conversations",
     "held_out_text": "held-out free text of the teacher",
@@ -21,6 +28,11 @@ TEXTS = {
 def benchmark_name(benchmark: str) -> str:
     """A text in words, a task by its own name."""
     return TEXTS.get(benchmark, benchmark)
+
+
+def printable(text: str) -> str:
+    """Each control character and mark of direction as one visible character; lines, tabs and all else stay."""
+    return text.translate(_STAND_INS)
 
 
 def count(value: float | None) -> str:

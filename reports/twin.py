@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from reports.rows import Benchmark, RunData, finite
+from reports.rows import TEACHER, TEACHER_ROLE, RunData, clean
+from reports.sections import Interval, against, benchmark, named
 from reports.verdict import headline, run_flags, variant_flags
 
-SCHEMA = 1
+SCHEMA = 2
 TRAINING = ("align", "kl_distill", "sft", "dpo")
 THROUGHPUT = (
     *("steps", "tokens", "positions", "train_seconds", "tokens_per_second", "flops_per_token", "utilisation"),
@@ -19,12 +20,9 @@ THROUGHPUT = (
 SAMPLE_CHARACTERS = 1500
 CURVE_POINTS = 120
 
-FIDELITY = ("kl_mean", "kl_p50", "kl_p90", "kl_p99", "kl_se", "top1", "ppl", "ppl_ratio", "tokens", "documents")
-DECODE = ("batch", "tokens_per_second", "new_tokens", "repeats")
-STATE = ("kv", "ssm", "conv")
 COMPARISON = (
-    *("benchmark", "metric", "higher_is_better", "n", "clusters", "teacher", "student", "difference", "ci_low"),
-    *("ci_high", "bound", "p", "p_holm", "test", "flips_up", "flips_down", "mde", "delta", "verdict"),
+    *("benchmark", "metric", "unit", "higher_is_better", "n", "clusters", "teacher", "student", "difference"),
+    *("ci_low", "ci_high", "bound", "p", "p_holm", "test", "flips_up", "flips_down", "mde", "delta", "verdict"),
 )
 SPECULATION = (
     *("k", "acceptance", "effective_acceptance", "acceptance_by_position", "proposed", "accepted", "verifications"),
@@ -38,28 +36,61 @@ IDENTITY = ("exact", "near_tie", "wrong", "largest_gap")
 LAYER_SCORES = ("method", "rounds", "unit", "start", "texts", "tokens", "layers")
 DRAFT = ("kind", "parameters", "steps", "tokens", "loss_first", "loss_last", "text", "start", "held_out")
 
-Interval = Callable[[float, int], tuple[float, float]]
-"""(successes, n) → 95 % interval of the share."""
 
-
-def build_twin(data: RunData, title: str, samples: int, interval: Interval | None = None) -> dict[str, Any]:
-    """samples: how many prompts to show. interval: for accuracies; without it they stand without one."""
+def build_twin(
+    data: RunData,
+    title: str,
+    samples: int,
+    interval: Interval | None = None,
+    flips: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """samples: how many prompts to show. interval: for accuracies; without it they stand without one. flips: those to
+    show."""
     stages = [_stage(s) for s in data.lineage.get("stages", [])]
-    teacher = _benchmark(data.benchmarks.get("teacher"), interval)
-    twin = {
+    run = _run(data.lineage, stages)
+    made = _teacher_stage(stages)
+    teacher: dict[str, Any] = {
+        "name": teacher_name(data.lineage),
+        "parameters": made.get("parameters"),
+        "context": made.get("max_position_embeddings"),
+        "benchmark": benchmark(data.benchmarks.get(TEACHER), interval),
+    }
+    for section in ("length", "needle"):
+        found = (teacher["benchmark"] or {}).get(section) or {}
+        teacher["context"] = teacher["context"] or found.get("max_position_embeddings")
+    twin: dict[str, Any] = {
         "schema": SCHEMA,
         "title": title,
-        "run": _run(data.lineage, stages),
-        "teacher": {"name": teacher_name(data.lineage), "benchmark": teacher},
+        "runs": [run],
+        "baseline": {"name": TEACHER, "kind": TEACHER},
+        "teacher": teacher,
         "layer_scores": _layer_scores(stages),
-        "variants": [_variant(name, data, stages, teacher, interval) for name in data.variants],
+        "variants": [_variant(name, data, stages, teacher["benchmark"], interval) for name in data.variants],
+        "not_comparable": [
+            named(r, ("benchmark", "metric", "reason")) | {"model": name}
+            for name in data.variants
+            if name in data.benchmarks
+            for r in data.benchmarks[name].summary.get("not_compared") or []
+        ],
+        "flips": list(flips),
         "samples": _samples(data, samples),
-        "lineage": [{k: v for k, v in s.items() if k != "config"} | {"summary": _brief(s["summary"])} for s in stages],
+        "lineage": [_lineage(s, run["label"]) for s in stages],
         "configuration": flat(data.lineage.get("config", {})),
-        "differences": _differences(data.variants, stages),
+        "configuration_differences": [],
     }
+    twin["differences"] = differences(twin["variants"])
+    finish(twin)
+    return clean(twin)
+
+
+def finish(twin: dict[str, Any]) -> None:
+    """Sentences and flags, which follow from all that the twin holds, are put into it."""
+    baseline = twin["baseline"]["name"]
+    for variant in twin["variants"]:
+        own = [s for s in twin["lineage"] if (s["run"], s["variant"]) == (variant["run"], variant["own_name"])]
+        variant["headline"] = headline(variant, baseline)
+        variant["flags"] = variant_flags(variant, twin["teacher"]["benchmark"], own, baseline)
     twin["flags"] = run_flags(twin)
-    return finite(twin)
 
 
 def teacher_name(lineage: Mapping[str, Any]) -> str:
@@ -88,6 +119,10 @@ def _run(lineage: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> dic
     ran = [s for s in stages if s["hit"] is not None]
     return {
         "id": str(lineage.get("run", "")),
+        "label": "",
+        "teacher": teacher_name(lineage),
+        "chat_template": _teacher_stage(stages).get("chat_template_opening"),
+        "device": next((s["device"] for s in stages if s["stage"] == TEACHER_ROLE), None),
         "created": lineage.get("created"),
         "command": lineage.get("command"),
         "git_commit": lineage.get("git_commit"),
@@ -101,17 +136,21 @@ def _run(lineage: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> dic
     }
 
 
-def _named(record: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """These fields and no others; what the stage did not write is None."""
-    return {name: record.get(name) for name in fields}
+def _teacher_stage(stages: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((s["summary"] for s in stages if s["stage"] == "teacher"), {})
 
 
 def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
     fields = ("stage", "variant", "key", "digest", "hit", "seconds", "device")
-    return _named(stage, fields) | {
+    return named(stage, fields) | {
         "summary": stage.get("summary") or {},
         "config": stage.get("config") or {},
     }
+
+
+def _lineage(stage: Mapping[str, Any], run: str) -> dict[str, Any]:
+    brief = {k: v for k, v in stage.items() if k != "config"} | {"summary": _brief(stage["summary"])}
+    return {"run": run} | brief
 
 
 def _brief(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,24 +161,26 @@ def _brief(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _layer_scores(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """What the choice of layers by score was made by; None where they interleave or are listed."""
     summary: Mapping[str, Any] = next((s["summary"] for s in stages if s["stage"] == "layer_scores"), {})
-    return _named(summary, LAYER_SCORES) if summary.get("layers") else None
+    return named(summary, LAYER_SCORES) if summary.get("layers") else None
 
 
 def _variant(
     name: str,
     data: RunData,
     stages: Sequence[Mapping[str, Any]],
-    teacher: dict[str, Any] | None,
+    teacher: Mapping[str, Any] | None,
     interval: Interval | None,
 ) -> dict[str, Any]:
     own = {s["stage"]: s for s in stages if s["variant"] == name and s["hit"] is not None}
     init = own.get("init_from_attention", {}).get("summary", {})
     attention, replaced = init.get("attention_layers") or [], init.get("replaced_layers") or []
     found = data.benchmarks.get(name)
-    benchmark = _benchmark(found, interval)
+    measured = benchmark(found, interval)
     training = [_training(stage, own.get(stage)) for stage in TRAINING]
-    variant: dict[str, Any] = {
+    return {
         "name": name,
+        "own_name": name,
+        "run": "",
         "attention_layers": attention,
         "replaced_layers": replaced,
         "layers": len(attention) + len(replaced),
@@ -150,17 +191,15 @@ def _variant(
             {"method": m, "kl": v.get("kl"), "top1": v.get("top1")} for m, v in (init.get("start") or {}).items()
         ],
         "layer_errors": init.get("layers") or [],
-        "quality": _quality(init, training, benchmark),
+        "quality": _quality(init, training, measured),
         "training": training,
         "draft": _training("draft", own.get("draft")),
-        "benchmark": benchmark,
-        "comparisons": [_named(c, COMPARISON) for c in found.comparisons] if found else [],
+        "benchmark": measured,
+        "comparisons": [named(c, COMPARISON) for c in found.comparisons] if found else [],
         "speculation": _speculation(data.speculation.get(name), own),
-        "against_teacher": _against(benchmark, teacher),
+        "against_teacher": against(measured, teacher),
+        "settings": _settings(name, stages),
     }
-    variant["headline"] = headline(variant, teacher)
-    variant["flags"] = variant_flags(variant, teacher, list(own.values()))
-    return variant
 
 
 def _continues(lineage: Mapping[str, Any], name: str) -> dict[str, Any] | None:
@@ -206,7 +245,7 @@ def _training(stage: str, record: Mapping[str, Any] | None) -> dict[str, Any]:
     names = (*THROUGHPUT, "loss_first", "loss_last", "held_out")
     return (
         {"stage": stage, "ran": True, "hit": record["hit"], "seconds": record["seconds"], "device": record["device"]}
-        | _named(s, names)
+        | named(s, names)
         | {"curve": thin(s.get("curve") or [])}
     )
 
@@ -220,64 +259,18 @@ def thin(curve: Sequence[Any], limit: int = CURVE_POINTS) -> list[Any]:
     return kept
 
 
-def _benchmark(found: Benchmark | None, interval: Interval | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    s = found.summary
-    tasks = []
-    for task, figures in (s.get("tasks") or {}).items():
-        n = figures.get("n")
-        for metric, score in figures.items():
-            if metric in ("n", "chance") or not isinstance(score, int | float):
-                continue
-            low, high = interval(score * n, n) if interval and n and 0 <= score <= 1 else (None, None)
-            entry = {"task": task, "metric": metric, "score": score, "n": n, "ci_low": low, "ci_high": high}
-            tasks.append(entry | {"chance": figures.get("chance")})
-    return {
-        "device": s.get("device"),
-        "fidelity": {text: _named(f, FIDELITY) for text, f in (s.get("fidelity") or {}).items() if f},
-        "tasks": tasks,
-        "decode": [_named(d, DECODE) for d in s.get("decode") or []],
-        "state_bytes": [
-            _named(b, ("context", *STATE)) | {"total": sum(b.get(part) or 0 for part in STATE)}
-            for b in s.get("state_bytes") or []
-        ],
-        "rows": None if found.rows is None else len(found.rows),
-    }
-
-
-def _against(benchmark: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Speed and memory as multiples of the teacher's, where both were measured at the same setting."""
-    if not benchmark or not teacher:
-        return {"decode": [], "state_bytes": []}
-    speed = {d["batch"]: d.get("tokens_per_second") for d in teacher["decode"]}
-    memory = {b["context"]: b["total"] for b in teacher["state_bytes"]}
-    return {
-        "decode": [
-            {"batch": d["batch"], "ratio": d["tokens_per_second"] / speed[d["batch"]]}
-            for d in benchmark["decode"]
-            if speed.get(d["batch"]) and d.get("tokens_per_second")
-        ],
-        "state_bytes": [
-            {"context": b["context"], "ratio": b["total"] / memory[b["context"]]}
-            for b in benchmark["state_bytes"]
-            if memory.get(b["context"])
-        ],
-    }
-
-
 def _speculation(profile: Mapping[str, Any] | None, own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """The profile, on what it was measured, and how its draft was made, if it was; own: stage → record."""
     if not profile:
         return None
     draft = own.get("draft")
     names = ("synthetic", "injected_acceptance", "dtype", "new_tokens", "copy_bandwidth", "identity_rule", "parameters")
-    return _named(profile, names) | {
+    return named(profile, names) | {
         "device": own.get("speculative_profile", {}).get("device"),
-        "draft": _named(draft["summary"], DRAFT) if draft else None,
-        "best": _named(profile.get("best") or {}, ("draft", "batch", "best_k", "speedup")),
+        "draft": named(draft["summary"], DRAFT) if draft else None,
+        "best": named(profile.get("best") or {}, ("draft", "batch", "best_k", "speedup")),
         "groups": [
-            _named(group, ("draft", "batch", "temperature", "prompts", "best_k"))
+            named(group, ("draft", "batch", "temperature", "prompts", "best_k"))
             | {"rows": [_speculation_row(row) for row in group.get("rows") or []]}
             for group in profile.get("groups") or []
         ],
@@ -286,10 +279,10 @@ def _speculation(profile: Mapping[str, Any] | None, own: Mapping[str, Mapping[st
 
 def _speculation_row(row: Mapping[str, Any]) -> dict[str, Any]:
     identity = row.get("identity")
-    return _named(row, SPECULATION) | {
-        "milliseconds": _named(row.get("milliseconds") or {}, PHASES),
-        "cache_bytes": _named(row.get("cache_bytes") or {}, CACHE),
-        "identity": _named(identity, IDENTITY) if identity else None,
+    return named(row, SPECULATION) | {
+        "milliseconds": named(row.get("milliseconds") or {}, PHASES),
+        "cache_bytes": named(row.get("cache_bytes") or {}, CACHE),
+        "identity": named(identity, IDENTITY) if identity else None,
     }
 
 
@@ -318,20 +311,30 @@ def _shared(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _differences(variants: Sequence[str], stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _settings(variant: str, stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    """Stage → leaves of the configuration that it was handed; None for a stage that was off."""
+    own = [s for s in stages if s["variant"] == variant]
+    return {s["stage"]: flat(s["config"]) if s["hit"] is not None else None for s in own}
+
+
+def differences(variants: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Stages that not all variants run, and leaves of the stages' own configuration that are not the same for all
     variants that run them."""
-    staged: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for s in stages:
-        if s["variant"] in variants:
-            staged.setdefault(s["stage"], {})[s["variant"]] = s
+    variants = [v for v in variants if v["settings"]]
     found = []
-    for stage, records in staged.items():
-        ran = {v: flat(s["config"]) for v, s in records.items() if s["hit"] is not None}
+    for stage in dict.fromkeys(stage for v in variants for stage in v["settings"]):
+        ran = {v["name"]: s for v in variants if (s := v["settings"].get(stage)) is not None}
         if ran and len(ran) < len(variants):
-            found.append({"leaf": stage, "values": {v: "on" if v in ran else "off" for v in variants}})
-        for leaf in dict.fromkeys(leaf for settings in ran.values() for leaf in settings):
-            values = {v: settings[leaf] for v, settings in ran.items() if leaf in settings}
-            if len({repr(settings.get(leaf)) for settings in ran.values()}) > 1:
-                found.append({"leaf": f"{stage}.{leaf}", "values": values})
+            found.append({"leaf": stage, "values": {v["name"]: "on" if v["name"] in ran else "off" for v in variants}})
+        found += leaf_differences(ran, f"{stage}.")
+    return found
+
+
+def leaf_differences(settings: Mapping[str, Mapping[str, Any]], prefix: str = "") -> list[dict[str, Any]]:
+    """settings: name → leaves. The leaves that are not the same for all, each with its value for those that have it."""
+    found = []
+    for leaf in dict.fromkeys(leaf for leaves in settings.values() for leaf in leaves):
+        if len({repr(leaves.get(leaf)) for leaves in settings.values()}) > 1:
+            values = {name: leaves[leaf] for name, leaves in settings.items() if leaf in leaves}
+            found.append({"leaf": f"{prefix}{leaf}", "values": values})
     return found

@@ -19,9 +19,23 @@ KL_RISE = 1.05
 """A stage that leaves the held-out KL this many times higher than it found it."""
 Z95 = 1.96
 
-SHARES = ("acc", "exact_match", "mc", "top1", "em")
+SMALL_MODEL = 1_000_000_000
+"""Parameters of a teacher; findings on smaller ones need not hold for those that are distilled in earnest."""
+SILENT = 0.05
+"""Share of items without an answer in the form asked for."""
+CONSISTENT = 0.65
+"""Share of pairwise judgments that survive a swap of the answers; GPT-4's is about that (2306.05685, table 2)."""
+DRIFT = 1.0
+"""Points by which a judge may leave its own earlier judgment of an anchor."""
+ORDERED = 0.8
+"""Share of the anchors' pairs of a good and a bad answer that a judge must put in the right order."""
 
-UNITS = {"nll": "nats per token"}
+SHARES = (
+    *("acc", "exact", "mc", "top1", "em", "f1", "prompt_level", "inst_level", "found", "win", "preference"),
+    "no_answer",
+)
+
+UNITS = {"nll": "nats per token", "score": "judge points"}
 
 Flag = dict[str, str]
 
@@ -43,14 +57,14 @@ def spans_zero(comparison: Mapping[str, Any]) -> bool:
     return low is None or high is None or low <= 0 <= high
 
 
-def reading(comparison: Mapping[str, Any]) -> str:
+def reading(comparison: Mapping[str, Any], baseline: str = "teacher") -> str:
     """What one comparison allows to be said; no winner where the interval contains 0."""
     if spans_zero(comparison):
         mde = comparison.get("mde")
         smallest = points(mde).lstrip("+") + " points" if is_share(comparison["metric"]) else number(mde)
         return f"not distinguishable (n={count(comparison['n'])}, MDE={smallest})"
     better = (comparison["difference"] > 0) == comparison.get("higher_is_better", True)
-    return "student better" if better else "teacher better"
+    return "student better" if better else f"{baseline} better"
 
 
 def tally(comparisons: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -59,23 +73,30 @@ def tally(comparisons: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return {name: counted[name] for name in ("non-inferior", "worse", "inconclusive")}
 
 
-def headline(variant: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> list[str]:
+def headline(variant: Mapping[str, Any], baseline: str = "teacher") -> list[str]:
     """At most four factual sentences: distance to the teacher, tasks, cost, speculation."""
     benchmark = variant["benchmark"]
     if benchmark is None:
         return ["The benchmark was not run: nothing can be said about this variant."]
-    parts = [_fidelity(benchmark["fidelity"].get("held_out")), _tasks(variant["comparisons"])]
+    parts = [_fidelity(benchmark["fidelity"].get("held_out")), _tasks(variant["comparisons"], baseline)]
     parts += [_cost(variant["against_teacher"], benchmark), _speculation(variant["speculation"])]
     return [p for p in parts if p]
 
 
 def variant_flags(
-    variant: Mapping[str, Any], teacher: Mapping[str, Any] | None, stages: Sequence[Mapping[str, Any]]
+    variant: Mapping[str, Any],
+    teacher: Mapping[str, Any] | None,
+    stages: Sequence[Mapping[str, Any]],
+    baseline: str = "teacher",
 ) -> list[Flag]:
-    """Red flags of one variant, most serious first. stages: the stages that ran for it."""
+    """Red flags of one variant: what failed, then most serious first. stages: those of its own, off ones among them."""
+    benchmark = variant["benchmark"]
     flags = [
-        *_benchmark_flags(variant["benchmark"], teacher),
-        *_comparison_flags(variant["comparisons"], variant["benchmark"]),
+        *_failure_flags(benchmark),
+        *_benchmark_flags(benchmark, teacher),
+        *_comparison_flags(variant["comparisons"], benchmark, baseline),
+        *_answer_flags(benchmark),
+        *_judge_flags(benchmark),
         *_training_flags(variant),
         *_speculation_flags(variant["speculation"]),
     ]
@@ -83,28 +104,140 @@ def variant_flags(
     off += ["speculative_profile"] if variant["speculation"] is None else []
     if off:
         flags.append(_flag("note", f"Not run: {', '.join(off)}."))
-    reused = [s["stage"] for s in stages if s["hit"]]
+    ran = [s for s in stages if s["hit"] is not None]
+    reused = [s["stage"] for s in ran if s["hit"]]
     if reused:
-        flags.append(_flag("note", f"{len(reused)} of {len(stages)} stages come from the cache: {', '.join(reused)}."))
+        flags.append(_flag("note", f"{len(reused)} of {len(ran)} stages come from the cache: {', '.join(reused)}."))
+    return _ranked(flags)
+
+
+def run_flags(twin: Mapping[str, Any]) -> list[Flag]:
+    """What concerns all that is shown."""
+    flags = []
+    teacher = twin["teacher"]
+    if teacher["benchmark"] is None:
+        flags.append(_flag("serious", "The teacher was not benchmarked: no figure here has its baseline."))
+    else:
+        flags += _failure_flags(teacher["benchmark"], "On the teacher: ")
+        compared = {(c["benchmark"], c["metric"]) for v in twin["variants"] for c in v["comparisons"]}
+        known = {benchmark for benchmark, _ in compared}
+        tasks = teacher["benchmark"]["tasks"]
+        flags += _chance_flags([t for t in tasks if t["task"] not in known or (t["task"], t["metric"]) in compared])
+    if not twin["variants"]:
+        flags.append(_flag("serious", "The run has no variant."))
+    for reason, models in _grouped(twin["not_comparable"]).items():
+        flags.append(_flag("serious", f"Not comparable: {reason} ({', '.join(models)})."))
+    flags += _run_difference_flags(twin["runs"])
+    limit = twin["configuration"].get("benchmark.items_per_task")
+    if limit:
+        flags.append(_flag("caution", f"Limit used: a seeded sample of at most {count(limit)} items of each task."))
+    if teacher["parameters"] and teacher["parameters"] < SMALL_MODEL:
+        size = f"{teacher['parameters'] / 1e6:.0f} million parameters"
+        flags.append(_flag("caution", f"Tiny model: the teacher has {size}; larger ones may lose more or less."))
+    for run in twin["runs"]:
+        if not run["git_commit"] or run["git_commit"].endswith("-dirty"):
+            what = "differs from its commit" if run["git_commit"] else "is not named by a commit"
+            named = f" of run {run['label']}" if run["label"] else ""
+            flags.append(_flag("caution", f"The code{named} that made these figures {what}."))
+    return _ranked(flags)
+
+
+def _ranked(flags: Sequence[Flag]) -> list[Flag]:
     rank = {"serious": 0, "caution": 1, "note": 2}
     return sorted(flags, key=lambda f: rank[f["level"]])
 
 
-def run_flags(twin: Mapping[str, Any]) -> list[Flag]:
-    """What concerns the whole run."""
+def _grouped(refused: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Reason → the models that it concerns."""
+    found: dict[str, list[str]] = {}
+    for r in refused:
+        found.setdefault(r["reason"], []).append(r["model"])
+    return found
+
+
+def _run_difference_flags(runs: Sequence[Mapping[str, Any]]) -> list[Flag]:
+    """What several runs must share for their figures to stand side by side."""
     flags = []
-    if twin["teacher"]["benchmark"] is None:
-        flags.append(_flag("serious", "The teacher was not benchmarked: no figure here has its baseline."))
-    else:
-        compared = {(c["benchmark"], c["metric"]) for v in twin["variants"] for c in v["comparisons"]}
-        known = {benchmark for benchmark, _ in compared}
-        tasks = twin["teacher"]["benchmark"]["tasks"]
-        flags += _chance_flags([t for t in tasks if t["task"] not in known or (t["task"], t["metric"]) in compared])
-    if not twin["variants"]:
-        flags.append(_flag("serious", "The run has no variant."))
-    if not twin["run"]["git_commit"]:
-        flags.append(_flag("caution", "No git commit was recorded: the code that made these figures is not named."))
+    for field, level, text in (
+        ("chat_template", "serious", "The runs' chat templates differ: conversations are worded differently"),
+        ("teacher", "serious", "The runs have different teachers: KL and perplexity ratios are each to its own"),
+        ("device", "caution", "The runs were measured on different devices: speeds do not compare"),
+        ("git_commit", "note", "The runs are of different commits"),
+    ):
+        values = [run[field] for run in runs]
+        if len({repr(value) for value in values}) > 1:
+            names = dict.fromkeys(str(v)[:12] if field == "git_commit" else str(v) for v in values)
+            shown = "" if field == "chat_template" else f" ({', '.join(names)})"
+            flags.append(_flag(level, f"{text}{shown}."))
     return flags
+
+
+def _failure_flags(benchmark: Mapping[str, Any] | None, where: str = "") -> list[Flag]:
+    if benchmark is None:
+        return []
+    again = f" To compute it again: {benchmark['recompute']}" if benchmark["recompute"] else ""
+    return [
+        _flag("serious", f"{where}FAILED: {f['benchmark']} gave no figures: {f['error']}{again}")
+        for f in benchmark["failed"]
+    ]
+
+
+def _answer_flags(benchmark: Mapping[str, Any] | None) -> list[Flag]:
+    flags = []
+    for task, t in {t["task"]: t for t in benchmark["tasks"]}.items() if benchmark else ():
+        if (t["no_answer"] or 0) > SILENT:
+            silent = f"{percent(t['no_answer'])} of {task} (n={count(t['n'])})"
+            flags.append(_flag("caution", f"No answer could be read on {silent}."))
+        if t["too_long"]:
+            cut = f"{count(t['too_long'])} of {task} (n={count(t['n'])})"
+            flags.append(_flag("caution", f"Longer than the context: {cut}; read without their beginning, or failed."))
+    return flags
+
+
+def _judge_flags(benchmark: Mapping[str, Any] | None) -> list[Flag]:
+    section = benchmark["judge"] if benchmark else None
+    if section is None:
+        return []
+    flags = []
+    judge, pairwise, anchors = section["judge"] or {}, section["pairwise"] or {}, section["anchors"] or {}
+    if judge.get("kind") == "fake":
+        flags.append(_flag("serious", "The judge is a stand-in for tests: its judgments mean nothing."))
+    elif judge:
+        flags.append(
+            _flag(
+                "caution",
+                f"Judged by {judge['model']} ({judge['kind']}), not by GPT-4: no published score compares.",
+            )
+        )
+    for name in ("mt_bench", "pairwise", "alpaca"):
+        part = section[name] or {}
+        if part.get("failed"):
+            flags.append(
+                _flag(
+                    "caution",
+                    f"{name}: judgments that could not be read: {count(part['failed'])} (n={count(part['n'])}).",
+                )
+            )
+    if pairwise.get("consistent") is not None and pairwise["consistent"] < CONSISTENT:
+        share = percent(pairwise["consistent"])
+        flags.append(
+            _flag("caution", f"The judge keeps its pairwise verdict in only {share} when the answers swap places.")
+        )
+    if anchors.get("pairs") and anchors["ordered"] < ORDERED * anchors["pairs"]:
+        right = f"{count(anchors['ordered'])} of {count(anchors['pairs'])}"
+        flags.append(
+            _flag("serious", f"The judge puts only {right} pairs of a good and a bad answer in the right order.")
+        )
+    if anchors.get("largest_change") is not None and anchors["largest_change"] >= DRIFT:
+        drift = number(anchors["largest_change"])
+        flags.append(
+            _flag("caution", f"The judge drifted: by up to {drift} points on {count(anchors['n'])} stored answers.")
+        )
+    return flags
+
+
+def _the(baseline: str) -> str:
+    return "the teacher" if baseline == "teacher" else baseline
 
 
 def _flag(level: str, text: str) -> Flag:
@@ -126,7 +259,7 @@ def _fidelity(held_out: Mapping[str, Any] | None) -> str:
     return text + "."
 
 
-def _tasks(comparisons: Sequence[Mapping[str, Any]]) -> str:
+def _tasks(comparisons: Sequence[Mapping[str, Any]], baseline: str) -> str:
     tasks = [c for c in comparisons if is_share(c["metric"])]
     if not tasks:
         return ""
@@ -134,7 +267,7 @@ def _tasks(comparisons: Sequence[Mapping[str, Any]]) -> str:
     margin = " / ".join(sorted({points(c["delta"]).lstrip("+") for c in tasks}))
     items = sum({c["benchmark"]: c["n"] for c in tasks}.values())
     return (
-        f"Against the teacher on {count(items)} paired items, {len(tasks)} comparisons: "
+        f"Against {_the(baseline)} on {count(items)} paired items, {len(tasks)} comparisons: "
         f"{counts['non-inferior']} non-inferior within {margin} points, {counts['worse']} worse, "
         f"{counts['inconclusive']} inconclusive."
     )
@@ -143,13 +276,12 @@ def _tasks(comparisons: Sequence[Mapping[str, Any]]) -> str:
 def _cost(against: Mapping[str, Any], benchmark: Mapping[str, Any]) -> str:
     parts = []
     if against["decode"]:
-        fastest = max(against["decode"], key=lambda d: d["batch"])
+        fastest = max(against["decode"], key=lambda d: (d["batch"], d["context"] or 0))
         where = f", {benchmark['device']}" if benchmark["device"] else ""
-        parts.append(
-            f"decodes at {ratio(fastest['ratio'])} the teacher's tokens per second (batch {fastest['batch']}{where})"
-        )
-    if against["state_bytes"]:
-        longest = max(against["state_bytes"], key=lambda b: b["context"])
+        at = f"batch {fastest['batch']}" + (f" after {count(fastest['context'])} tokens" if fastest["context"] else "")
+        parts.append(f"decodes at {ratio(fastest['ratio'])} the teacher's tokens per second ({at}{where})")
+    if against["state"]:
+        longest = max(against["state"], key=lambda b: b["context"])
         parts.append(
             f"keeps {percent(longest['ratio'])} of the teacher's state bytes at {count(longest['context'])} tokens"
         )
@@ -224,16 +356,18 @@ def _chance_flags(tasks: Sequence[Mapping[str, Any]]) -> list[Flag]:
     ]
 
 
-def _comparison_flags(comparisons: Sequence[Mapping[str, Any]], benchmark: Mapping[str, Any] | None) -> list[Flag]:
+def _comparison_flags(
+    comparisons: Sequence[Mapping[str, Any]], benchmark: Mapping[str, Any] | None, baseline: str
+) -> list[Flag]:
     if benchmark is None:
         return []
     if not comparisons:
-        return [_flag("caution", "No paired comparison with the teacher was made.")]
+        return [_flag("caution", f"No paired comparison with {_the(baseline)} was made.")]
     flags = []
     tasks = [c for c in comparisons if is_share(c["metric"])]
     worse = [f"{benchmark_name(c['benchmark'])} ({difference(c)})" for c in comparisons if c["verdict"] == "worse"]
     if worse:
-        flags.append(_flag("serious", f"Worse than the teacher: {', '.join(worse)}."))
+        flags.append(_flag("serious", f"Worse than {_the(baseline)}: {', '.join(worse)}."))
     open_ = [c["benchmark"] for c in tasks if c["verdict"] == "inconclusive"]
     if open_:
         flags.append(_flag("caution", f"Inconclusive at this number of items: {', '.join(dict.fromkeys(open_))}."))

@@ -29,6 +29,15 @@ Attention = Annotated[
 ]
 
 
+# What `evals.tasks` knows, which training must not depend on; a test holds the two together.
+TaskName = Literal[
+    "mmlu_dev", "hellaswag_100", "truthfulqa_mc1_100", "logiqa", "squad", "ifeval",
+    "winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge", "mmlu", "openbookqa", "truthfulqa_mc1", "pubmedqa",
+    "race", "arc_challenge_25", "hellaswag_10", "mmlu_5", "winogrande_5", "truthfulqa_mc2", "gsm8k", "crux",
+]  # fmt: skip
+SourceText = Annotated[str, Field(pattern=r"^(wheel|hf|file|s3):.+")]
+
+
 class ConfigError(ValueError):
     """A configuration that must not run; the message names the key, what was given and what is allowed."""
 
@@ -135,6 +144,9 @@ class InitConfig(Model):
     """A is spread over [a_min, a_max] by head, geometrically; ignored by `paper`, which draws U(1, 16)."""
     rope: bool = False
     """Rotate B and C by position, as attention rotates the k and q that they come from, in training and decoding."""
+    ngroups: Literal["kv_heads", "heads"] = "kv_heads"
+    """Whether heads that share keys and values in attention share x and B too, as in the paper, or have their own,
+    which begin as copies: the states of a group then need not hold the same."""
     tokens: PositiveInt = 32768
     """Tokens for the ridge regression."""
     ridge: float = Field(default=1e-3, gt=0.0)
@@ -269,6 +281,121 @@ class DPOConfig(TrainConfig):
     generation_batch: PositiveInt = 16
 
 
+class JudgeConfig(Model):
+    """A language model's opinion of the answers; `backend` says whose, and "none" asks nobody."""
+
+    backend: Literal["none", "openai", "hf", "fake"] = "none"
+    """`openai`: any endpoint that speaks OpenAI's chat completions. `hf`: a causal language model in this process, one
+    request at a time. `fake`: a hash of the request, which tries the machinery out and says nothing of the answers."""
+    model: str = ""
+    """`openai`: the model's name at the endpoint."""
+    base_url: str = Field(default="", pattern=r"^(https?://.+)?$")
+    """`openai`: what precedes /chat/completions, `http://127.0.0.1:8000/v1` for example."""
+    api_key_env: str = ""
+    """`openai`: the environment variable that holds the key; empty sends none."""
+    parameters: dict[str, Any] = {}
+    """`openai`: sent along with every request, `{ chat_template_kwargs = { enable_thinking = false } }` for example."""
+    source: str = Field(default="", pattern=r"^((hf|file):.+)?$")
+    """`hf`: the model, as `hf:org/name@revision` or `file:folder`."""
+    modes: list[Literal["mt_bench", "pairwise", "alpaca"]] = Field(default=["mt_bench", "pairwise"], min_length=1)
+    """`mt_bench`: each answer by itself, 1 to 10. `pairwise`: the student's answers to the same questions beside the
+    teacher's. `alpaca`: AlpacaEval's weighted win rate."""
+    questions: NonNegativeInt = 0
+    """A seeded subset of this many of MT-Bench's 80 questions; 0 takes all."""
+    alpaca: str = ""
+    """AlpacaEval's records ({"instruction", "output"}) as a source; answers are compared with `output`, or with the
+    teacher's where records have none. Empty: MT-Bench's opening questions and the teacher's answers."""
+    alpaca_prompts: NonNegativeInt = 0
+    """A seeded subset of this many of those; 0 takes all."""
+    temperatures: Literal["greedy", "mt_bench"] = "greedy"
+    """How MT-Bench's questions are answered: `mt_bench` samples writing and roleplay at 0.7, stem and humanities at
+    0.1, as its authors do."""
+    answer_tokens: PositiveInt = 1024
+    """Longest answer."""
+    judgment_tokens: PositiveInt = 1024
+    """Longest judgment, explanation included."""
+    repeats: PositiveInt = 1
+    """Times that everything is judged, to see the judge's own noise."""
+    concurrency: PositiveInt = 8
+    """`openai`: requests under way at once."""
+    timeout_seconds: float = Field(default=120.0, gt=0.0)
+    """`openai`: longest silence of the endpoint before a request counts as lost."""
+    retries: NonNegativeInt = 6
+    """`openai`: of a request that was lost or turned away for now, after growing pauses or the one asked for."""
+
+    @model_validator(mode="after")
+    def _backend_is_described(self) -> JudgeConfig:
+        needed = {"openai": ("model", "base_url"), "hf": ("source",)}.get(self.backend, ())
+        for leaf in needed:
+            if not getattr(self, leaf):
+                raise ValueError(f"backend {self.backend!r} needs {leaf}: set {' and '.join(needed)}")
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        return self.backend != "none"
+
+
+class EfficiencyConfig(Model):
+    """Speed of reading prompts and of decoding after them, at every batch and context."""
+
+    batches: list[PositiveInt] = [1, 8]
+    """Empty measures no speed; bytes of state are counted all the same."""
+    contexts: list[Annotated[int, Field(ge=2)]] = [16]
+    """Tokens in each prompt."""
+    tokens: PositiveInt = 64
+    """Decoded after each prompt, or fewer where a cell's time does not suffice."""
+    repeats: int = Field(default=5, ge=2)
+    """The median and quartiles are of so many, after a warm-up."""
+    seconds_per_cell: float = Field(default=20.0, gt=0.0)
+    """For the repeats of one batch and context; where it does not suffice, replies get shorter, down to 4 tokens, and
+    repeats fewer, down to two."""
+
+
+class LengthConfig(Model):
+    """Loss of long documents by position, and of the same tokens after contexts of several lengths."""
+
+    documents: NonNegativeInt = 0
+    """The longest of natural.npz; 0 measures none."""
+    multiple: PositiveInt = 20
+    """They are read up to this many times the training length."""
+    last_tokens: PositiveInt = 512
+    """Tokens of each document that are scored after every context."""
+    last_documents: Annotated[int, Field(ge=2)] = 8
+    """Contexts go as far as so many documents reach; where none does, there is only the loss by position."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.documents > 0
+
+
+class NeedleConfig(Model):
+    """Finding one fact in a long text, by the text's length and the fact's depth in it."""
+
+    lengths: list[PositiveInt] = []
+    """Tokens of prompt and answer together; empty measures none."""
+    depths: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    """Shares of the haystack that precede the needle."""
+    seeds: PositiveInt = 5
+    """Needles, each in a haystack of its own, at every length and depth."""
+    haystack: Literal["natural", "words"] = "natural"
+    """`natural`: the documents of natural.npz. `words`: sentences of random words."""
+    answer_tokens: PositiveInt = 32
+    threshold: Fraction = 0.85
+    """Share found, over all depths, that a length and all shorter ones need for the effective length."""
+
+    @field_validator("lengths", "depths")
+    @classmethod
+    def _in_order(cls, value: list[float]) -> list[float]:
+        if any(a >= b for a, b in zip(value, value[1:], strict=False)):
+            raise ValueError(f"given {value}; expected each once, the smallest first")
+        return value
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.lengths)
+
+
 class BenchmarkConfig(Model):
     enabled: bool = True
     held_out_conversations: PositiveInt = 32
@@ -277,16 +404,46 @@ class BenchmarkConfig(Model):
     """Leading positions of each conversation that are not scored: the template's opening is the same everywhere."""
     natural_tokens: NonNegativeInt = 8192
     """Read of natural.npz, and as many of held_out_text.npz, where the corpus has them; 0 leaves both out."""
-    tasks: list[Literal["hellaswag_100", "truthfulqa_mc1_100", "mmlu_dev"]] = []
+    tasks: list[TaskName] = []
+    """See `evals.tasks`: `mmlu_dev`, `logiqa`, `squad`, `ifeval` and those that end in `_100` need no hub."""
     items_per_task: NonNegativeInt = 0
     """A seeded subset of this many items; 0 takes all."""
+    max_new_tokens: NonNegativeInt = 0
+    """Tokens of a reply in tasks that are scored by what a model writes, if a task allows more; 0 is the task's own."""
+    data: dict[TaskName, SourceText] = {}
+    """A task's items from somewhere else, in the schema of the hub: `file:` a file or, with worked examples, a folder
+    with a `SPLIT.jsonl` or `SPLIT.parquet` each."""
     batch_size: PositiveInt = 16
-    decode_batches: list[PositiveInt] = [1, 8]
-    decode_tokens: PositiveInt = 64
+    layer_conversations: NonNegativeInt = 8
+    """Of the held-out ones, read to compare a student's layers with its teacher's; 0 leaves that out."""
+    length: LengthConfig = LengthConfig()
+    needle: NeedleConfig = NeedleConfig()
+    efficiency: EfficiencyConfig = EfficiencyConfig()
+    judge: JudgeConfig = JudgeConfig()
     samples: NonNegativeInt = 6
     sample_tokens: PositiveInt = 64
     non_inferiority: Fraction = 0.02
-    """δ: a student is non-inferior if the lower end of the one-sided 95 % interval lies above −δ."""
+    """δ of shares (accuracy, needles found, pairs won): a student is non-inferior if the lower end of the one-sided
+    95 % interval lies above −δ."""
+    non_inferiority_nats: float = Field(default=0.02, ge=0.0)
+    """δ of negative log-likelihoods of a token; 0.02 nats are 2 % of perplexity."""
+    non_inferiority_points: float = Field(default=0.25, ge=0.0, le=9.0)
+    """δ of a judge's marks from 1 to 10."""
+
+    @property
+    def deltas(self) -> dict[Literal["share", "nats", "points"], float]:
+        """δ by the unit of what is compared."""
+        return {
+            "share": self.non_inferiority,
+            "nats": self.non_inferiority_nats,
+            "points": self.non_inferiority_points,
+        }
+
+    @property
+    def sources(self) -> list[str]:
+        """Every source that a benchmark reads because of this section, those that `evals.tasks` names left out."""
+        asked = [text for text in (self.judge.source, self.judge.alpaca) if text and self.judge.enabled]
+        return asked + [text for name, text in self.data.items() if name in self.tasks]
 
 
 class DraftConfig(TrainConfig):
@@ -389,6 +546,12 @@ class LayerScoresStageConfig(LayerScoresConfig):
     """What the stage layer_scores is handed: its own section, and how the mixers start that it tries."""
 
     init: InitConfig = InitConfig()
+
+
+class BenchmarkStageConfig(BenchmarkConfig):
+    """What the stage benchmark is handed: its own section, and how much the student read at a time in training."""
+
+    train_length: PositiveInt = 512
 
 
 class SpeculativeStageConfig(SpeculativeConfig):
@@ -515,6 +678,12 @@ class Config(Model):
                     f"{value[variant.previous].attention}, from which it continues, has not"
                 )
         return value
+
+    @property
+    def train_length(self) -> int:
+        """Tokens of the longest sequences that the student is trained on; of the aligned ones where nothing trains."""
+        stages = [stage for stage in (self.align, self.kl_distill, self.sft) if stage.runs]
+        return max((stage.seq_len for stage in stages), default=self.align.seq_len)
 
     def chain(self, name: str) -> list[str]:
         """A variant and those that it continues from, the first of them first."""

@@ -8,6 +8,7 @@ whose code has changed since gets keys that say so.
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import itertools
 import logging
@@ -24,6 +25,7 @@ from corpora import sources
 from stage_store import SCHEMA, Checkpoints, StageRef, Store, code_modules, stage_key
 from steps import device, gang, provenance
 from steps.config import (
+    BenchmarkStageConfig,
     Config,
     InitStageConfig,
     LayerScoresStageConfig,
@@ -70,7 +72,8 @@ class Stage:
     section:         the part of the configuration that it is handed, its name if empty.
     settings:        top-level leaves that the result depends on besides; they reach it through the context.
     sources:         attributes of its section that hold source strings: what these name enters the key by content.
-    no_result:       leaves of its section, besides NO_RESULT, that cannot change what it writes.
+    no_result:       leaves of its section, dotted where they lie deeper, besides NO_RESULT, that cannot change what it
+                     writes.
     per_variant:     False for what all variants share.
     hardware_in_key: True where speed is measured.
     spreads:         True where it can train on several GPUs, in a process for each (`steps.gang`).
@@ -94,7 +97,8 @@ class Stage:
         """Its slice; `config` is the variant's own.
 
         init_from_attention is handed the variant's `attention` besides its section, layer_scores how the mixers start
-        that it tries, speculative_profile what it needs of the section `draft`.
+        that it tries, the benchmarks what the student was trained on, speculative_profile what it needs of the section
+        `draft`.
         """
         section: Model = getattr(config, self.section or self.name)
         if self.name == "init_from_attention":
@@ -102,6 +106,8 @@ class Stage:
         if self.name == "layer_scores":
             start = config.init_from_attention.model_copy(update={"method": "calibrated", "measure_paper": False})
             return LayerScoresStageConfig(**section.model_dump(), init=start)
+        if self.section == "benchmark" or self.name == "benchmark":
+            return BenchmarkStageConfig(**section.model_dump(), train_length=config.train_length)
         if self.name == "speculative_profile":
             draft = config.draft
             return SpeculativeStageConfig(
@@ -125,6 +131,11 @@ class Stage:
         return section.runs if isinstance(section, TrainConfig) else getattr(section, "enabled", True)
 
 
+JUDGE_AT_WORK = ("judge.api_key_env", "judge.concurrency", "judge.timeout_seconds", "judge.retries")
+"""How its endpoint is asked, not what."""
+DELTAS = ("non_inferiority", "non_inferiority_nats", "non_inferiority_points")
+"""What a student may differ by; the teacher is compared with nobody."""
+
 STAGES = (
     Stage("teacher", "steps.teacher", settings=(), sources=("source",), per_variant=False),
     Stage(
@@ -140,6 +151,8 @@ STAGES = (
         "steps.benchmark",
         ("teacher", "corpus"),
         section="benchmark",
+        sources=("sources",),
+        no_result=(*JUDGE_AT_WORK, *DELTAS),
         per_variant=False,
         hardware_in_key=True,
     ),
@@ -154,7 +167,14 @@ STAGES = (
     Stage("sft", "steps.sft", ("teacher", "corpus", "student"), spreads=True),
     Stage("dpo", "steps.dpo", ("teacher", "corpus", "student"), spreads=True),
     Stage("draft", "steps.draft", ("corpus", "student"), sources=("source",), no_result=("ngram",)),
-    Stage("benchmark", "steps.benchmark", ("teacher", "corpus", "student", "teacher_rows"), hardware_in_key=True),
+    Stage(
+        "benchmark",
+        "steps.benchmark",
+        ("teacher", "corpus", "student", "teacher_rows"),
+        sources=("sources",),
+        no_result=JUDGE_AT_WORK,
+        hardware_in_key=True,
+    ),
     Stage(
         "speculative_profile",
         "steps.speculative_profile",
@@ -321,7 +341,10 @@ def _upstream(stage: Stage, variant: str, own: Config, refs: Mapping[str, Any]) 
 def payload_of(stage: Stage, variant: str, own: Config, refs: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """All that the stage's result depends on; its sha256 is the key."""
     section = stage.config(own, variant)
-    leaves = section.model_dump(mode="json", exclude=NO_RESULT | set(stage.no_result))
+    leaves = section.model_dump(mode="json", exclude=NO_RESULT)
+    for leaf in stage.no_result:
+        *parents, last = leaf.split(".")
+        functools.reduce(dict.__getitem__, parents, leaves).pop(last)
     code = code_modules(stage.module, root, FIRST_PARTY)
     payload = {
         "schema": SCHEMA,

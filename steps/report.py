@@ -1,4 +1,4 @@
-"""Stage `report`: what the other stages left → report.html, report.json and rows.csv. Loads no model."""
+"""Stage `report`: what the other stages left → report.html, report.json, rows.csv, flips.jsonl. Loads no model."""
 
 from __future__ import annotations
 

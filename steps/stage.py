@@ -31,13 +31,15 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of a long stage's life: `done` of `total` units, units per second, named figures such as loss."""
+    """One line of a long stage's life: `done` of `total` units, units per second, named figures such as loss, and what
+    else there is to say."""
 
-    done: int
+    done: float
     total: int
     unit: str
     rate: float
     figures: Mapping[str, float] = field(default_factory=dict)
+    detail: str = ""
 
     @property
     def seconds_left(self) -> float:
@@ -46,7 +48,7 @@ class Progress:
     def __str__(self) -> str:
         figures = "  ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
         pace = f"{self.rate:.3g} {self.unit}/s  {self.seconds_left:.0f} s left"
-        return f"{self.done}/{self.total} {self.unit}  {pace}  {figures}"
+        return f"{self.done}/{self.total} {self.unit}  {pace}  {figures}{self.detail}"
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import subject_of
 
 from corpora.shards import Shard
 from evals import fidelity
 from evals.fidelity import Block
 from evals.head import EvaluationError
+from steps.config import BenchmarkConfig
 
 
 def documents(lengths: list[int], vocab: int = 61) -> list[np.ndarray]:
@@ -96,6 +98,53 @@ def test_clustered_error_of_equal_documents_is_that_of_their_means():
     expected = means.std(ddof=1) / np.sqrt(8)
     assert fidelity.clustered_error(values, list("abcdefgh")) == pytest.approx(expected)
     assert fidelity.clustered_error(values, ["a"] * 8) is None
+
+
+def test_by_position_averages_each_stretch_over_its_tokens():
+    def scores(first: int, values: list[float], kl: float | None) -> fidelity.TokenScores:
+        nll = np.array(values)
+        other = None if kl is None else np.full(len(nll), kl)
+        block = Block("b", "d", np.zeros(first + len(values), np.uint32), first)
+        return fidelity.TokenScores(block, nll, other, other, other)
+
+    # Stretches begin at 1, 2, 4, 5 and 8 and the last one ends where the longest block does.
+    found = fidelity.by_position([scores(1, [8.0, 1.0, 3.0], 0.5), scores(4, [4.0, 5.0, 6.0, 7.0, 9.0], 0.25)])
+    assert [(f["from"], f["to"], f["nll"], f["n"]) for f in found] == [
+        (1, 2, 8.0, 1), (2, 4, 2.0, 2), (4, 5, 4.0, 1), (5, 8, 6.0, 3), (8, 9, 9.0, 1),
+    ]  # fmt: skip
+    assert [f["kl"] for f in found] == [0.5, 0.5, 0.25, 0.25, 0.25]
+    assert set(found[0]) == {"from", "to", "kl", "nll", "teacher_nll", "top1", "n"}
+    alone = fidelity.by_position([scores(5, [2.0, 4.0], None)])
+    assert alone == [{"from": 5, "to": 7, "nll": 3.0, "n": 2}]
+
+
+def test_by_position_adds_up_to_the_summary(teacher, student):
+    blocks = [Block(f"b{i}", f"d{i}", d, 1 + 7 * i) for i, d in enumerate(documents([120, 64, 33]))]
+    scores = fidelity.token_scores(student, blocks, teacher)
+    whole, parts = fidelity.summarise(scores), fidelity.by_position(scores)
+    assert sum(p["n"] for p in parts) == whole["tokens"]
+    assert all(a["to"] <= b["from"] for a, b in zip(parts, parts[1:], strict=False))
+    for name, total in (("kl", whole["kl_mean"]), ("top1", whole["top1"]), ("nll", np.log(whole["ppl"]))):
+        assert sum(p["n"] * p[name] for p in parts) / whole["tokens"] == pytest.approx(total)
+
+
+def test_every_text_of_the_corpus_is_measured(teacher, student, tmp_path):
+    shard(tmp_path / "held_out.npz", [30, 8, 50])
+    shard(tmp_path / "natural.npz", [70, 25])
+    config = BenchmarkConfig(held_out_conversations=2, seq_len=32, skip_positions=10, natural_tokens=60)
+    said: list[tuple[float, str]] = []
+    subject = subject_of(student, teacher, tmp_path, lambda share, phrase: said.append((share, phrase)))
+    found = fidelity.measure(subject, config)
+    assert list(found.summary) == ["held_out", "natural"]
+    blocks = fidelity.conversation_blocks(tmp_path / "held_out.npz", 2, 32, 10)
+    expected = fidelity.token_scores(student, blocks, teacher, batch_size=2)
+    assert found.summary["held_out"] == fidelity.summarise(expected) | {"by_position": fidelity.by_position(expected)}
+    assert found.records[: 3 * len(blocks)] == fidelity.score_records(expected, "held_out")
+    assert {r["benchmark"] for r in found.records} == {"held_out", "natural"}
+    assert [share for share, _ in said] == [0.5, 1.0]
+    assert said[0][1] == f"held_out ppl {found.summary['held_out']['ppl']:.3g}"
+    only = fidelity.measure(subject, config.model_copy(update={"natural_tokens": 0}))
+    assert list(only.summary) == ["held_out"]
 
 
 def test_teacher_alone_has_perplexity_only(teacher):

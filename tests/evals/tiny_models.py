@@ -1,10 +1,13 @@
 """Tiny random models in float32, whose figures can be recomputed in float64, and a tokenizer of single bytes with a
 ChatML template: small, and every text has tokens."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from evals.benchmark import Subject
 from hybrid import HybridConfig, HybridForCausalLM
 
 TEMPLATE = (
@@ -49,3 +52,25 @@ def tiny(seed: int, attention_layers: tuple[int, ...], vocab: int = 61) -> Hybri
             if p.dim() > 1 and "conv" not in name:
                 p.normal_(std=0.3)
     return model.requires_grad_(False).eval()
+
+
+def subject_of(
+    model: HybridForCausalLM,
+    teacher: HybridForCausalLM | None,
+    corpus: Path,
+    progress: Callable[[float, str], None] = lambda share, phrase: None,
+) -> Subject:
+    """A subject for benchmarks of tokens alone: its tokenizer is not asked."""
+    return Subject(
+        name="teacher" if teacher is None else "student",
+        model=model,
+        tokenizer=None,
+        teacher=teacher,
+        corpus=corpus,
+        teacher_rows=None,
+        seed=0,
+        batch_size=2,
+        train_length=32,
+        work=corpus,
+        progress=progress,
+    )

@@ -69,10 +69,13 @@ max_reply_tokens = 6
 held_out_conversations = 6
 seq_len = 64
 skip_positions = 4
-decode_batches = [1]
-decode_tokens = 4
 samples = 2
 sample_tokens = 6
+
+[benchmark.efficiency]
+batches = [1]
+tokens = 4
+repeats = 2
 
 [draft]
 kind = "layers:[0, 3]"

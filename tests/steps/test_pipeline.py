@@ -126,6 +126,11 @@ BOTH = ("half", "none")
         ('variants.none.set={"kl_distill.steps" = 7, "sft.steps" = 3}', [], [], ["sft", "dpo", *MEASURED]),
         ("corpus.held_out_conversations=9", SHARED[1:], TRAINED + MEASURED, TRAINED + MEASURED),
         ("benchmark.items_per_task=3", ["benchmark_teacher"], ["benchmark"], ["benchmark"]),
+        ("benchmark.non_inferiority=0.03", [], ["benchmark"], ["benchmark"]),  # the teacher is compared with nobody
+        ("benchmark.judge.backend=fake", ["benchmark_teacher"], ["benchmark"], ["benchmark"]),
+        ("benchmark.judge.retries=2", [], [], []),
+        ("align.seq_len=300", ["benchmark_teacher"], [*TRAINED[1:], *MEASURED], [*TRAINED[1:], *MEASURED]),
+        ("align.seq_len=200", [], [*TRAINED[1:], *MEASURED], [*TRAINED[1:], *MEASURED]),  # others train on longer ones
         ("speculative_profile.max_k=2", [], ["speculative_profile"], ["speculative_profile"]),
         ("speculative_profile.injected_acceptance=0.5", [], ["speculative_profile"], ["speculative_profile"]),
         ("draft.ngram=2", [], ["speculative_profile"], ["speculative_profile"]),
@@ -157,6 +162,19 @@ def test_changed_data_runs_what_reads_it(root, file, text, shared):
     (root / file).write_text(text)
     expected = set(shared) | {label for v in BOTH for label in of(v, *TRAINED, *MEASURED)}
     assert planned(settings(), root) == expected
+
+
+def test_a_file_that_only_benchmarks_read_counts_by_its_content(root):
+    asked = settings('benchmark.judge={backend = "hf", source = "file:small.txt"}', "benchmark.tasks=['squad']")
+    asked = config.override(asked, ['benchmark.data={squad = "file:squad.jsonl", logiqa = "file:never.jsonl"}'])
+    measured = {"benchmark_teacher", "half/benchmark", "none/benchmark"}
+    (root / "squad.jsonl").write_text("{}")
+    run_all(asked, root)
+    assert planned(asked, root) == set()
+    for name in ("small.txt", "squad.jsonl"):
+        (root / name).write_text("other content")
+        assert planned(asked, root) == measured
+        run_all(asked, root)
 
 
 def test_changed_code_runs_what_imports_it_and_a_comment_does_not(root):

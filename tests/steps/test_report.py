@@ -14,7 +14,7 @@ def test_stage_writes_page_twin_and_rows(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     summary = run(ReportConfig(title="Mine"), {"lineage": lineage}, out, None)
-    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json", "rows.csv"]
+    assert sorted(p.name for p in out.iterdir()) == ["flips.jsonl", "report.html", "report.json", "rows.csv"]
     assert summary["variants"]["half"]["kl"] is None
     assert summary["bytes"] == (out / "report.html").stat().st_size
     assert json.loads((out / "report.json").read_text())["title"] == "Mine"
