@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from hybrid.attention import document_positions, rope_frequencies, rope_tables, rotate
+from hybrid.attention import document_positions, rope_frequencies
 from hybrid.cache import Cursors, Span, SSMCache
 from hybrid.config import HybridConfig
 from hybrid.decode import DecodeStep
@@ -122,10 +122,9 @@ class Mamba2Mixer(MambaMixer):
             positions = document_positions(seq_idx, batch, length, B.device)
         else:
             positions = span.start[:, None] + torch.arange(length, device=B.device)
-        tables = rope_tables(rope_frequencies(self.config, B.device), positions, torch.float32)
-        cos, sin = (table.transpose(1, 2) for table in tables)  # (B, L, 1, N)
-        B, C = (rotate(t.float(), cos, sin).to(t.dtype) for t in (B, C))
-        return B, C
+        angles = positions[..., None].float() * rope_frequencies(self.config, B.device)  # (B, L, N / 2)
+        cos, sin = angles.cos(), angles.sin()
+        return dispatch.rotate_heads(B, cos, sin), dispatch.rotate_heads(C, cos, sin)
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config

@@ -50,6 +50,7 @@ __all__ = [
     "norm_swiglu",
     "rms_norm",
     "rope_append",
+    "rotate_heads",
     "rotate_window_",
     "sample",
     "selective_fold",
@@ -226,6 +227,15 @@ def causal_conv(
     return causal_conv_reference.causal_conv(x, weight, bias, seq_idx, initial_state, silu)
 
 
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See kernels_ext/rotary/reference.py."""
+    if x.device.type == "cuda" and _has_training_kernels():
+        from kernels_ext.rotary import training_kernel
+
+        return training_kernel.rotate_heads(x, cos, sin)
+    return rotary.rotate_heads(x, cos, sin)
+
+
 @torch.compiler.assume_constant_result  # a compiled block does not trace the attempt and its log
 def _has_training_kernels() -> bool:
     return _training_kernels_import()
@@ -235,11 +245,12 @@ def _has_training_kernels() -> bool:
 def _training_kernels_import() -> bool:
     try:
         from kernels_ext.causal_conv import training_kernel  # noqa: F401
+        from kernels_ext.rotary import training_kernel as rotary_training_kernel  # noqa: F401
         from kernels_ext.ssd import scan_kernel  # noqa: F401
     except ImportError as error:
-        log.info("scan and convolution on cuda: no Triton kernels (Triton does not import: %s)", error)
+        log.info("scan, convolution and rotation on cuda: no Triton kernels (Triton does not import: %s)", error)
         return False
-    log.info("scan and convolution on cuda: Triton kernels")
+    log.info("scan, convolution and rotation on cuda: Triton kernels")
     return True
 
 

@@ -1,4 +1,4 @@
-"""Rotation by position of a Mamba-2 layer's convolved window, where a mixer has the rotary positions of attention."""
+"""Rotation by position of a Mamba-2 layer's B and C, where a mixer has the rotary positions of attention."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 from kernels_ext.slots import writing_rows
+
+
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Every head of every token turned by the token's angles (2104.09864 §3.2.2, halves as in Llama).
+
+    x (B, L, H, P); cos, sin (B, L, P / 2) float32. Gives x's shape and type, contiguous: rotates in float32 and rounds
+    once.
+    """
+    c, s = cos[:, :, None], sin[:, :, None]
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(x.dtype)
 
 
 def rotate_window_(

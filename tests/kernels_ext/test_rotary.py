@@ -9,6 +9,7 @@ from kernels_ext.rotary import reference
 from tests.kernels_ext.interpreted import interpreted
 
 kernel = interpreted("kernels_ext.rotary.kernel")
+training_kernel = interpreted("kernels_ext.rotary.training_kernel")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter truncates to bfloat16 where a GPU rounds.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3 if DEVICE == "cuda" else 1e-2}
@@ -97,3 +98,23 @@ def test_token_by_token_equals_one_window(ops):
         made.append((torch.cat(parts, dim=1), ring_B))
     for one, other in zip(*made, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("ops", [reference, training_kernel], ids=["reference", "kernel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("batch", "length", "heads", "headdim"), [(2, 9, 3, 16), (1, 70, 1, 12), (3, 5, 4, 64)])
+def test_turns_heads_of_packed_rows(ops, batch, length, heads, headdim, dtype, nan_filled):
+    """A strided view of wider rows; positions that start anew; the gradient is turned back by the same angles."""
+    wide = draw(batch, length, (heads + 2) * headdim, seed=0, dtype=dtype)
+    x = wide.unflatten(-1, (-1, headdim))[:, :, 1:-1].detach().requires_grad_()
+    positions = torch.arange(batch * length, device=DEVICE).view(batch, length) % 7
+    theta, cos, sin = tables(headdim)
+    y = ops.rotate_heads(x, cos[positions], sin[positions])
+    dy = draw(batch, length, heads, headdim, seed=1, dtype=dtype)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert y.is_contiguous() and y.dtype == dx.dtype == dtype
+    for row in range(batch):
+        for token in range(length):
+            position = int(positions[row, token])
+            assert distance(y[row, token].detach(), turned(x[row, token].detach(), position, theta)) < TOLERANCE[dtype]
+            assert distance(dx[row, token], turned(dy[row, token], -position, theta)) < TOLERANCE[dtype]
