@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from steps import config
 from steps.config import ConfigError, InitStageConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 BASE = """
 [teacher]
@@ -203,3 +207,21 @@ def test_store_url_prefers_the_environment_and_counts_from_the_root(tmp_path, mo
     assert config.store_url(parse('[store]\nurl = "s3://b/p"'), tmp_path) == "s3://b/p"
     monkeypatch.setenv("MAMBALLAMA_STORE", "elsewhere")
     assert config.store_url(parse(), tmp_path) == str(tmp_path / "elsewhere")
+
+
+def test_the_ratios_find_the_stages_of_the_gpu_recipe():
+    """Half of the attention is one student in both files, up to the end of its distillation."""
+    files = [CONFIGS / f"smollm2_{name}.toml" for name in ("gpu", "ratios")]
+    recipes = [config.load(file).for_variant("half") for file in files]
+    for section in (
+        "seed",
+        "compute",
+        "teacher",
+        "corpus",
+        "layer_scores",
+        "init_from_attention",
+        "align",
+        "kl_distill",
+    ):
+        ours, theirs = (getattr(recipe, section) for recipe in recipes)
+        assert ours == theirs, section
