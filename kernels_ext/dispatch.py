@@ -146,8 +146,11 @@ cross_entropy_ = _operator(vocabulary_loss.cross_entropy_)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
-    """See kernels_ext/gated_norm/reference.py, which differentiates; the kernel serves where nothing does."""
+    """See kernels_ext/gated_norm/reference.py, which differentiates; the kernel serves where nothing does. Compiled
+    code has the plain form, which is fused with what stands around it."""
     plain = gated_norm.gated_rms_norm
+    if torch.compiler.is_compiling():
+        return plain(y, z, weight, group_size, eps)
     if uses_kernels(y.device.type) and not (torch.is_grad_enabled() and (y.requires_grad or weight.requires_grad)):
         return triton_kernels().get("gated_rms_norm", plain)(y, z, weight, group_size, eps)
     return plain(y, z, weight, group_size, eps)

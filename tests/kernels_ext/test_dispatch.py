@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from kernels_ext import dispatch
 from kernels_ext.causal_conv import reference as causal_conv_reference
+from kernels_ext.gated_norm.reference import gated_rms_norm
 from kernels_ext.ssd.reference import ssd_chunked, ssd_sequential
 from tests.kernels_ext.interpreted import interpreted
 
@@ -148,3 +149,15 @@ def test_mamba_ssm_is_given_repeated_groups(mamba_ssm, caplog):
     torch.testing.assert_close(final, wanted_final)
     assert mamba_ssm == [((2, 9, 6, 4), (2, 9, 6, 4))]
     assert "ssd on cuda, any shape: mamba-ssm" in caplog.text
+
+
+def test_a_frozen_gated_norm_is_compiled_without_a_break(monkeypatch):
+    """A student that is only read while another model trains: there the choice of a kernel must not be traced."""
+    monkeypatch.setattr(dispatch, "uses_kernels", lambda device_type: True)
+    y, z = torch.randn(2, 3, 8, device=DEVICE), torch.randn(2, 3, 8, device=DEVICE)
+    weight = torch.rand(8, device=DEVICE)
+    compiled = torch.compile(dispatch.gated_rms_norm, fullgraph=True, backend="aot_eager")
+    dispatch.triton_kernels.cache_clear()  # the first call logs, which cannot be traced
+    with torch.no_grad():
+        ours = compiled(y, z, weight, 4, 1e-5)
+    torch.testing.assert_close(ours, gated_rms_norm(y, z, weight, 4, 1e-5))
