@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from hybrid.cache import KVCache
@@ -15,21 +15,11 @@ from hybrid.decode import DecodeStep, joined
 from hybrid.rms_norm import RMSNorm
 from kernels_ext import dispatch
 
-Mask = Tensor | BlockMask | None
-"""(B, 1, L, S) bool, True = visible; the same by blocks of 128 × 128, for compiled code alone; None: plain causal."""
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
-
-def document_block_mask(seq_idx: Tensor) -> BlockMask:
-    """Causal within the documents of packed rows; seq_idx (B, L)."""
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (q >= kv) & (seq_idx[b, q] == seq_idx[b, kv])
-
-    batch, length = seq_idx.shape
-    return _create_block_mask(visible, batch, None, length, length, device=seq_idx.device)
-
-
-_create_block_mask = torch.compile(create_block_mask, dynamic=False)
+    Mask = Tensor | BlockMask | None
+    """(B, 1, L, S) bool, True = visible; the same by blocks of 128 × 128, for compiled code alone; None: causal."""
 
 
 def rope_frequencies(config: HybridConfig, device: torch.device | None = None) -> Tensor:
@@ -105,8 +95,10 @@ class Attention(nn.Module):
         v = self.v_proj(hidden).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
         cos, sin = (table.to(q.dtype) for table in rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if isinstance(mask, BlockMask):
-            out = flex_attention(q, k, v, block_mask=mask, enable_gqa=self.n_heads != self.n_kv_heads)
+        if mask is not None and not isinstance(mask, Tensor):
+            from hybrid import block_mask
+
+            out = block_mask.attention(q, k, v, mask)
             return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         if cache is not None:
             assert positions is not None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hybrid.model import HybridForCausalLM
+from kernels_ext import dispatch
 
 
 @contextmanager
@@ -38,5 +39,7 @@ def compile_blocks(model: HybridForCausalLM, **options: Any) -> None:
     options: of torch.compile.
     """
     model.blocks_compiled = model.device.type == "cuda"  # masks by blocks have a gradient there alone
+    if model.blocks_compiled:
+        dispatch.choose_training_kernels()
     for block in model.blocks:
         block.compile(dynamic=False, fullgraph=True, **options)

@@ -7,7 +7,7 @@ layer's attention was replaced, so a teacher's safetensors load as they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from torch.nn.functional import embedding, linear, silu
 
 from hybrid.attention import (
     Attention,
-    Mask,
-    document_block_mask,
     document_positions,
     rope_frequencies,
     rope_tables,
@@ -28,6 +26,9 @@ from hybrid.mamba1 import Mamba1Mixer
 from hybrid.mamba2 import Mamba2Mixer
 from hybrid.rms_norm import RMSNorm
 from kernels_ext import dispatch
+
+if TYPE_CHECKING:
+    from hybrid.attention import Mask
 
 
 class MLP(nn.Module):
@@ -204,7 +205,9 @@ class HybridForCausalLM(nn.Module):
         if seq_idx is None:
             return None
         if self.blocks_compiled:
-            return document_block_mask(seq_idx)
+            from hybrid import block_mask
+
+            return block_mask.document_block_mask(seq_idx)
         same = seq_idx[:, None, :, None] == seq_idx[:, None, None, :]
         return same & torch.ones_like(same[0, 0]).tril()
 

@@ -37,6 +37,7 @@ __all__ = [
     "accept_sampled",
     "advance",
     "causal_conv",
+    "choose_training_kernels",
     "conv_ring_update",
     "cross_entropy_",
     "decode_attention",
@@ -239,12 +240,22 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotary.rotate_heads(x, cos, sin)
 
 
-@torch.compiler.assume_constant_result  # a compiled block does not trace the attempt and its log
 def _has_training_kernels() -> bool:
-    return _training_kernels_import()
+    return choose_training_kernels() if _chosen is None else _chosen
 
 
-@cache
+_chosen: bool | None = None
+
+
+def choose_training_kernels() -> bool:
+    """Whether the training kernels import. Whoever compiles code that uses them calls this first: a compiled block
+    cannot trace the attempt and its log, but reads what was found."""
+    global _chosen
+    if _chosen is None:
+        _chosen = _training_kernels_import()
+    return _chosen
+
+
 def _training_kernels_import() -> bool:
     try:
         from kernels_ext.causal_conv import training_kernel  # noqa: F401

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hybrid.compiled import compile_blocks, compiled_blocks
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import tokens
 
+ROOT = Path(__file__).resolve().parents[2]
 SEQ_IDX = torch.tensor([[0] * 30 + [1] * 34, [0] * 5 + [1] * 40 + [2] * 19], dtype=torch.int32)
 
 
@@ -54,3 +58,9 @@ def test_compiled_is_eager_and_leaves_no_trace():
     assert not model.blocks_compiled and all(block._compiled_call_impl is None for block in model.blocks)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=2e-2, atol=2e-2 * wanted[name].abs().max().item())
+
+
+def test_the_compiler_is_not_imported_with_the_model():
+    """Its modules cost seconds, and every stage and command imports the model."""
+    code = "import sys, hybrid, hybrid.engine; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

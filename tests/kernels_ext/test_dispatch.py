@@ -22,13 +22,11 @@ conv_kernel = interpreted("kernels_ext.causal_conv.training_kernel")
 
 
 @pytest.fixture(autouse=True)
-def fresh_choice():
-    choices = dispatch._training_kernels_import, dispatch._ssd_of_any_shape
-    for choice in choices:
-        choice.cache_clear()
+def fresh_choice(monkeypatch):
+    monkeypatch.setattr(dispatch, "_chosen", None)
+    dispatch._ssd_of_any_shape.cache_clear()
     yield
-    for choice in choices:
-        choice.cache_clear()
+    dispatch._ssd_of_any_shape.cache_clear()
 
 
 @pytest.fixture
