@@ -35,7 +35,8 @@ class LiveCard:
         self.bar.update(progress.done, metadata=f"{progress.rate:.3g} {progress.unit}/s")
         self.text.update(f"{progress}")
         self.chart.update(_curves(progress.unit, self.points))
-        card.refresh()
+        if progress.done < progress.total:  # the end of the task draws the card anyway, and would wait for this drawing
+            card.refresh()
 
 
 def leave_out_cards(step: Any) -> None:
