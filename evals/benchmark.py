@@ -44,6 +44,12 @@ class Subject:
     work: Path
     progress: Callable[[float, str], None]
 
+    @property
+    def context(self) -> int:
+        """Tokens that the model and, for a student, its teacher have positions for."""
+        models = [self.model, *([self.teacher] if self.teacher is not None else [])]
+        return min(model.config.max_position_embeddings for model in models)
+
 
 @dataclass
 class Found:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from evals.stats import NotComparable, compare, holm
+from evals.stats import NotComparable, compare, holm, mean_of_tasks
 from evals.tasks import TASKS
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,27 @@ PRIMARY = {
 }
 
 
+FAMILIES = {
+    "offline": tuple(name for name, task in TASKS.items() if not task.needs_hub),
+    "paper": tuple(name for name, task in TASKS.items() if task.paper == "table 3"),
+    "leaderboard": tuple(name for name, task in TASKS.items() if task.paper == "table 4" and task.kind == "choice"),
+}
+"""Tasks whose mean says how much was kept in all: those that need no hub, the ten zero-shot ones of the paper and the
+five of the Open LLM Leaderboard that it has. No two tasks of a family have documents in common."""
+
+
 @dataclass(frozen=True)
 class Compared:
-    """comparisons: lines of comparison.json, as `stats.compare` gives them, with the unit, and p_holm over all of them
-    as one family. refused: {"benchmark", "metric", "reason"} of what must not be compared."""
+    """What two models' rows say of each other.
+
+    comparisons: lines of comparison.json, as `stats.compare` gives them, with the unit, and p_holm over all of them as
+    one family. means: lines of means.json, as `stats.mean_of_tasks` gives them, of each of FAMILIES with at least two
+    tasks that can be compared; `family` names it, `missing` its tasks that are not in the mean. refused: {"benchmark",
+    "metric", "reason"} of what must not be compared.
+    """
 
     comparisons: list[dict[str, Any]]
+    means: list[dict[str, Any]]
     refused: list[dict[str, str]]
 
 
@@ -69,7 +84,7 @@ def compare_runs(
     baseline, rows: rows of one model each, in the schema of `evals.rows`. deltas: δ of non-inferiority by unit.
     sides: what a refusal calls the two. A line's "teacher" is the baseline's score, its "student" that of `rows`.
     """
-    compared = Compared([], [])
+    compared = Compared([], [], [])
     for benchmark, primary in PRIMARY.items():
         measured, against = _of(rows, benchmark, primary.metric), baseline
         if measured.empty:
@@ -94,6 +109,13 @@ def compare_runs(
             compared.comparisons.append({**line, "unit": primary.unit})
     adjusted = holm([line["p"] for line in compared.comparisons])
     compared.comparisons[:] = [{**line, "p_holm": p} for line, p in zip(compared.comparisons, adjusted, strict=True)]
+    comparable = {line["benchmark"]: line["metric"] for line in compared.comparisons}
+    for family, names in FAMILIES.items():
+        metrics = {name: comparable[name] for name in names if name in comparable}
+        if len(metrics) > 1:
+            mean = mean_of_tasks(baseline, rows, metrics, deltas["share"], sides=sides)
+            missing = [name for name in names if name not in metrics]
+            compared.means.append({"family": family, "missing": missing, **mean, "unit": "share"})
     return compared
 
 

@@ -57,6 +57,8 @@ def load(task: Task, given: str = "", root: Path = sources.PROJECT_ROOT) -> dict
             if not given and (reader := items.READERS.get(task.name)):
                 return {task.split: reader(path)}
             rows = {split: _file_rows(_split_file(task, path, split)) for split in splits}
+        if reshape := items.RESHAPED.get(task.name):
+            rows = {split: [reshape(row) for row in found] for split, found in rows.items()}
         if task.chosen and not given:
             kept = json.loads(sources.resolve(task.chosen).path.read_bytes())
             rows[task.split] = [row for row in rows[task.split] if str(row[task.item]) in kept]
@@ -90,7 +92,7 @@ def fetch(text: str, split: str = "", root: Path = sources.PROJECT_ROOT) -> Fetc
 
 def _hub_file(source: sources.Source, split: str) -> Path:
     """A split of a data set of the hub as one Parquet file in the cache folder, fetched if it is not there."""
-    config = source.options.get("config", "")
+    config, file = source.options.get("config", ""), source.options.get("file")
     repository = sources.cache_folder() / "hub" / source.location.replace("/", "--")
     path = repository / source.revision / (config or "default") / f"{split}.parquet"
     if path.is_file():
@@ -98,7 +100,11 @@ def _hub_file(source: sources.Source, split: str) -> Path:
     logger.info("fetching %s, %s, from the hub", source, split)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        data = datasets.load_dataset(source.location, config or None, split=split, revision=source.revision)
+        if file:
+            url = f"hf://datasets/{source.location}@{source.revision}/{file}"
+            data = datasets.load_dataset("json", data_files={split: url}, split=split)
+        else:
+            data = datasets.load_dataset(source.location, config or None, split=split, revision=source.revision)
         path.parent.mkdir(parents=True, exist_ok=True)
         data.to_parquet(part)
         os.replace(part, path)

@@ -222,7 +222,8 @@ def by_position(scores: Sequence[TokenScores]) -> list[dict[str, Any]]:
     """Means over the n scored tokens with from ≤ position < to, two stretches to every doubling of the position; those
     without tokens are left out. A token's position counts what its model had read of the block before it.
 
-    nll; kl, teacher_nll and top1 beside a teacher. Both models get the same stretches on the same blocks.
+    nll; kl, teacher_nll and top1 beside a teacher, and kl_se, the standard error of kl clustered by document, None for
+    a single one. Both models get the same stretches on the same blocks.
     """
     positions = np.concatenate([s.block.first + np.arange(len(s.nll)) for s in scores])
     end = max(len(s.block.tokens) for s in scores)
@@ -234,11 +235,17 @@ def by_position(scores: Sequence[TokenScores]) -> list[dict[str, Any]]:
         if getattr(scores[0], name) is not None:
             values = np.concatenate([getattr(s, name) for s in scores])
             means[name] = np.bincount(stretch, values, len(sizes)) / np.maximum(sizes, 1)
-    return [
-        {"from": int(edges[i]), "to": int(edges[i + 1]), **{k: float(v[i]) for k, v in means.items()}, "n": int(n)}
-        for i, n in enumerate(sizes)
-        if n
-    ]
+    found = []
+    for i in np.flatnonzero(sizes):
+        inside = np.split(stretch == i, np.cumsum([len(s.nll) for s in scores])[:-1])
+        there = [(s, mask) for s, mask in zip(scores, inside, strict=True) if mask.any()]
+        documents = [s.block.document for s, _ in there]
+        figures: dict[str, Any] = {name: float(values[i]) for name, values in means.items()}
+        if kl := [s.kl[mask] for s, mask in there if s.kl is not None]:
+            figures["kl_se"] = clustered_error(kl, documents)
+        span = {"from": int(edges[i]), "to": int(edges[i + 1])}
+        found.append({**span, **figures, "n": int(sizes[i]), "documents": len(set(documents))})
+    return found
 
 
 def clustered_error(values: Sequence[np.ndarray], clusters: Sequence[str]) -> float | None:

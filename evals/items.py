@@ -157,3 +157,13 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     "ifeval": _lines,
 }
 """How the file that a task's own `wheel:` source names becomes rows."""
+
+
+def _race(row: Row) -> Row:
+    """The file has its problems as JSON; lm-eval's task reads the Python literal that the hub's script made of them."""
+    problems = row["problems"]
+    return row if isinstance(problems, str) else {**row, "problems": repr(problems)}
+
+
+RESHAPED: dict[str, Callable[[Row], Row]] = {"race": _race}
+"""What a row of the hub must become for lm-eval's task to read it."""

@@ -30,6 +30,7 @@ from evals.generation import replies
 from evals.head import EvaluationError
 from evals.items import drawn
 from evals.loglikelihood import loglikelihoods, too_long
+from evals.rows import excerpt
 from evals.tasks import FOLDER, TASKS, Task, ifeval, squad, truthfulqa, zeroeval
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,10 @@ def measure_task(subject: Subject, task: str, config: Settings) -> Found:
     the model wrote. Summary: {metric: mean, "n", "chance": of guessing or None, "harness"}, and "too_long" where there
     are any: items whose prompt lost its beginning (choices), or was not read and counts as without a reply (text).
 
-    The items are the same for teacher and student, and so is the context: what the smaller of the two allows. Raises
-    EvaluationError where data, packages or the version of lm-eval's task are not as needed.
+    The items are the same for teacher and student, and so is the context: what the smaller of the two allows. A
+    teacher that was measured by itself may have read more of a long prompt than its student can; such an item has
+    another prompt_hash, and the two are then not compared. Raises EvaluationError where data, packages or the version
+    of lm-eval's task are not as needed.
     """
     spec = TASKS[task]
     rows = data.load(spec, config.data.get(task, ""))
@@ -87,7 +90,10 @@ def measure_task(subject: Subject, task: str, config: Settings) -> Found:
         for sample in found[name]:
             number = part[sample["doc_id"]]
             choices = loaded["tasks"][name].doc_to_choice(sample["doc"]) if spec.kind == "choice" else []
-            records += _records(spec, rows[spec.split][number], number, sample, choices, asked.new_tokens)
+            how = [str(asked.new_tokens)] if asked.new_tokens else []
+            if (name, sample["doc_id"]) in asked.too_long:
+                how.append(f"within {asked.context}")
+            records += _records(spec, rows[spec.split][number], number, sample, choices, how)
             chances += [1 / len(choices)] if choices else []
             hashes.append(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"])
     summary: dict[str, Any] = {metric: _mean(records, metric) for metric in spec.metrics}
@@ -192,8 +198,7 @@ class _Asked(TemplateLM):
     def __init__(self, subject: Subject, spec: Task, max_new_tokens: int) -> None:
         super().__init__()
         self.subject, self.spec, self.max_new_tokens, self.new_tokens = subject, spec, max_new_tokens, 0
-        models = [subject.model, *([subject.teacher] if subject.teacher is not None else [])]
-        self.context = min(m.config.max_position_embeddings for m in models)
+        self.context = subject.context
         self.items: list[tuple[str, int]] = []
         self.too_long: set[tuple[str, int]] = set()
 
@@ -245,11 +250,18 @@ class _Asked(TemplateLM):
 
 
 def _records(
-    spec: Task, row: Mapping[str, Any], number: int, sample: Mapping[str, Any], choices: Sequence[str], new_tokens: int
+    spec: Task,
+    row: Mapping[str, Any],
+    number: int,
+    sample: Mapping[str, Any],
+    choices: Sequence[str],
+    how: Sequence[str],
 ) -> list[dict[str, Any]]:
+    """how: limits that were part of what was asked. Replies of unlike lengths must not be compared, nor prompts of
+    which one model read more than the other."""
     prompt_hash = sample["prompt_hash"]
-    if new_tokens:  # replies of unlike lengths must not be compared: the limit is part of what was asked
-        prompt_hash = hashlib.sha256(f"{prompt_hash} {new_tokens}".encode()).hexdigest()
+    if how:
+        prompt_hash = hashlib.sha256(" ".join([prompt_hash, *how]).encode()).hexdigest()
     shared = {
         "benchmark": spec.name,
         "item": str(row[spec.item]) if spec.item else str(number),
@@ -268,6 +280,7 @@ def _records(
         if spec.calibrated:
             said["confidence"] = choices[int(np.argmax(scores))]
             values["confidence"] = 1 / float(np.exp(scores - scores.max()).sum())
+    asked = row[spec.question] if spec.question else sample["arguments"][0][0]
     return [
         {
             **shared,
@@ -275,6 +288,7 @@ def _records(
             "score": float(np.mean(value)),
             "n": int(np.size(value)),
             "response": said[metric],
+            "prompt": excerpt(str(asked), end=not spec.question) if metric == spec.metrics[0] else "",
         }
         for metric, value in values.items()
     ]

@@ -23,6 +23,7 @@ from corpora.shards import Shard
 from evals.benchmark import Found, Subject
 from evals.generation import replies
 from evals.head import EvaluationError
+from evals.rows import excerpt
 
 NEEDLE = "The magic number of {city} is {number}."
 TASK = (
@@ -248,4 +249,5 @@ def _record(subject: Subject, question: Question, reply: list[int] | None) -> di
         "score": float(is_found(question.number, answer)),
         "n": 1,
         "response": answer,
+        "prompt": excerpt(question.text, end=True),
     }

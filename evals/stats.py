@@ -9,7 +9,8 @@ Loads no model, and nothing that could. Which benchmark is compared by which met
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -74,20 +75,26 @@ def cluster_sums(
 
 
 def bootstrap_means(sums: np.ndarray, weights: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Weighted mean difference of `draws` resamples of the clusters, sorted, (draws,).
+    """Weighted mean difference of `draws` resamples of the clusters, sorted, (draws,)."""
+    drawn = bootstrap_sums(np.stack([sums, weights], axis=1), draws, np.random.default_rng(seed))
+    return np.sort(drawn[:, 0] / drawn[:, 1])
 
-    Clusters with equal (sum, weight) are interchangeable, so their counts are drawn at once from a multinomial: 14 000
-    binary items cost as much as three.
+
+def bootstrap_sums(clusters: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Sums of `draws` resamples of the rows, (draws, K), where clusters (C, K) has a row for each cluster.
+
+    Equal rows are interchangeable, so their counts are drawn at once from a multinomial: 14 000 binary items cost as
+    much as three.
     """
-    groups, counts = np.unique(np.stack([sums, weights], axis=1), axis=0, return_counts=True)  # (G, 2), (G,)
-    rng = np.random.default_rng(seed)
+    groups, counts = np.unique(clusters, axis=0, return_counts=True)  # (G, K), (G,)
     total = int(counts.sum())
     block = max(1, _CELLS // len(groups))
-    means = []
-    for start in range(0, draws, block):
-        drawn = rng.multinomial(total, counts / total, size=min(block, draws - start)) @ groups  # (block, 2)
-        means.append(drawn[:, 0] / drawn[:, 1])
-    return np.sort(np.concatenate(means))
+    return np.concatenate(
+        [
+            rng.multinomial(total, counts / total, size=min(block, draws - start)) @ groups  # (block, K)
+            for start in range(0, draws, block)
+        ]
+    )
 
 
 def tail(alpha: float, clusters: int) -> float:
@@ -97,7 +104,12 @@ def tail(alpha: float, clusters: int) -> float:
     The expanded percentile interval of Hesterberg 2014, "What Teachers Should Know about the Bootstrap" (1411.5279):
     as wide as Student's t would have it.
     """
-    return float(norm.cdf(-sqrt(clusters / (clusters - 1)) * student_t.ppf(1 - alpha, clusters - 1)))
+    return _expanded(alpha, clusters / (clusters - 1), clusters - 1)
+
+
+def _expanded(alpha: float, inflation: float, freedom: float) -> float:
+    """inflation: what the variance of a resample falls short of by a factor. freedom: degrees of, of its estimate."""
+    return float(norm.cdf(-sqrt(inflation) * student_t.ppf(1 - alpha, freedom)))
 
 
 def sign_flip_p(sums: np.ndarray, draws: int = DRAWS, seed: int = 0) -> float:
@@ -154,30 +166,17 @@ def compare(
 
     Raises NotComparable where the two sides do not have the same items, prompts, token counts or clusters.
     """
-    pairs = _join(teacher_rows, student_rows, benchmark, metric, sides)
-    teacher = pairs["score_teacher"].to_numpy(float)
-    student = pairs["score_student"].to_numpy(float)
-    weights = pairs["n_teacher"].to_numpy(float)
-    differences = student - teacher
-    sums, sizes = cluster_sums(differences, weights, pairs["cluster_teacher"].to_numpy())
-    if len(sums) < 2:
-        raise NotComparable(
-            f"{benchmark}/{metric}: all {len(pairs)} items are of one cluster, {pairs['cluster_teacher'].iloc[0]!r}; "
-            "an interval needs at least 2"
-        )
-
-    difference = float(sums.sum() / sizes.sum())
-    binary = bool(np.isin(teacher, (0, 1)).all() and np.isin(student, (0, 1)).all())
-    # A resample holds no flip that was not seen, so few flips would pass for certainty and none for an interval without
-    # width. Two imagined items, one flipped each way, mend it, as in the adjusted interval of Bonett and Price (2012).
-    imagined = (np.array([1.0, -1.0]), np.ones(2)) if binary else (np.empty(0), np.empty(0))
-    means = bootstrap_means(np.append(sums, imagined[0]), np.append(sizes, imagined[1]), draws, seed)
+    pairs = _paired(teacher_rows, student_rows, benchmark, metric, sides)
+    differences = pairs.student - pairs.teacher
+    sums, sizes = pairs.clusters[:, 1] - pairs.clusters[:, 0], pairs.clusters[:, 2]
+    drawn = pairs.with_imagined
+    means = bootstrap_means(drawn[:, 1] - drawn[:, 0], drawn[:, 2], draws, seed)
     two, one = tail(0.025, len(sums)), tail(0.05, len(sums))
     low, high, one_low, one_high = np.quantile(means, [two, 1 - two, one, 1 - one]).tolist()
     up, down = int((differences > 0).sum()), int((differences < 0).sum())
     if not higher_is_better:
         up, down = down, up
-    alone = binary and len(sums) == len(pairs)
+    alone = pairs.binary and len(sums) == len(differences)
     sign = 1 if higher_is_better else -1
     gain_low, gain_high = sorted((sign * low, sign * high))
     bound = one_low if higher_is_better else one_high
@@ -185,23 +184,129 @@ def compare(
         "benchmark": benchmark,
         "metric": metric,
         "higher_is_better": higher_is_better,
-        "n": len(pairs),
+        "n": len(differences),
         "clusters": len(sums),
-        "teacher": float(weights @ teacher / weights.sum()),
-        "student": float(weights @ student / weights.sum()),
-        "difference": difference,
+        "teacher": float(pairs.clusters[:, 0].sum() / sizes.sum()),
+        "student": float(pairs.clusters[:, 1].sum() / sizes.sum()),
+        "difference": float(sums.sum() / sizes.sum()),
         "ci_low": low,
         "ci_high": high,
         "bound": bound,
         "p": mcnemar_exact(up, down) if alone else sign_flip_p(sums, draws, seed),
         "p_holm": None,
         "test": "exact McNemar" if alone else "sign flip over clusters",
-        "flips_up": up if binary else None,
-        "flips_down": down if binary else None,
+        "flips_up": up if pairs.binary else None,
+        "flips_down": down if pairs.binary else None,
         "mde": minimum_detectable_difference(float(means.std())),
         "delta": delta,
         "verdict": "inconclusive" if len(sums) < FEWEST_CLUSTERS else verdict(gain_low, sign * bound, gain_high, delta),
     }
+
+
+def mean_of_tasks(
+    teacher_rows: pd.DataFrame,
+    student_rows: pd.DataFrame,
+    metrics: Mapping[str, str],
+    delta: float,
+    *,
+    sides: tuple[str, str] = ("the teacher", "the student"),
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Student − teacher in the plain mean of several tasks' scores, in which every task weighs the same.
+
+    metrics: {benchmark: metric}; all in one unit, more is better. The tasks must share no documents.
+
+    A draw resamples the clusters of each task within that task, the items of both models together: what is paired stays
+    paired, and no task gains or loses weight. The interval is therefore one for these tasks, not for others that might
+    have been asked. It is a percentile interval, with the imagined flips of `compare` in each task, expanded by the
+    degrees of freedom that Welch and Satterthwaite give a sum of independent means. retention: the student's mean as a
+    share of the teacher's, what both get by guessing included, with its interval from the same draws; None where a
+    teacher that is never right was drawn.
+    The verdict is "inconclusive" where a task has fewer clusters than FEWEST_CLUSTERS.
+
+    Raises NotComparable as `compare` does, and ValueError without tasks.
+    """
+    if not metrics:
+        raise ValueError("mean_of_tasks: no tasks given; metrics needs at least one benchmark")
+    rng = np.random.default_rng(seed)
+    tasks = [_paired(teacher_rows, student_rows, name, metric, sides) for name, metric in metrics.items()]
+    drawn = np.stack([bootstrap_sums(task.with_imagined, draws, rng) for task in tasks])  # (T, draws, 3)
+    scores = drawn[..., :2] / drawn[..., 2:]  # (T, draws, 2)
+    teacher, student = scores.mean(0).T  # (draws,) each
+    clusters = np.array([len(task.clusters) for task in tasks])
+    resampled = (scores[..., 1] - scores[..., 0]).var(1)  # (T,)
+    unbiased = resampled * clusters / (clusters - 1)
+    inflation, freedom = 1.0, float(clusters.min() - 1)
+    if resampled.any():
+        inflation = float(unbiased.sum() / resampled.sum())
+        freedom = float(unbiased.sum() ** 2 / (unbiased**2 / (clusters - 1)).sum())
+    two, one = _expanded(0.025, inflation, freedom), _expanded(0.05, inflation, freedom)
+    low, high, bound = np.quantile(student - teacher, [two, 1 - two, one]).tolist()
+    sums = np.stack([task.clusters.sum(0) for task in tasks])  # (T, 3)
+    means = (sums[:, :2] / sums[:, 2:]).mean(0)
+    kept: list[float | None] = [None, None, None]
+    if teacher.min() > 0 and means[0] > 0:
+        kept = [float(means[1] / means[0]), *np.quantile(student / teacher, [two, 1 - two]).tolist()]
+    return {
+        "tasks": list(metrics),
+        "n": sum(len(task.teacher) for task in tasks),
+        "clusters": int(clusters.sum()),
+        "teacher": float(means[0]),
+        "student": float(means[1]),
+        "difference": float(means[1] - means[0]),
+        "ci_low": low,
+        "ci_high": high,
+        "bound": bound,
+        "retention": kept[0],
+        "retention_low": kept[1],
+        "retention_high": kept[2],
+        "mde": minimum_detectable_difference(float((student - teacher).std())),
+        "delta": delta,
+        "verdict": "inconclusive" if clusters.min() < FEWEST_CLUSTERS else verdict(low, bound, high, delta),
+    }
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """One benchmark's items of both models, in one order.
+
+    teacher, student: scores (n,). clusters: (C, 3), for each Σ w·teacher, Σ w·student and Σ w.
+    """
+
+    teacher: np.ndarray
+    student: np.ndarray
+    clusters: np.ndarray
+
+    @property
+    def binary(self) -> bool:
+        return bool(np.isin(self.teacher, (0, 1)).all() and np.isin(self.student, (0, 1)).all())
+
+    @property
+    def with_imagined(self) -> np.ndarray:
+        """What is resampled: `clusters`, for 0/1 scores with two items more, one flipped each way.
+
+        A resample holds no flip that was not seen, so few flips would pass for certainty and none for an interval
+        without width. The two mend it, as in the adjusted interval of Bonett and Price (2012).
+        """
+        return np.concatenate([self.clusters, [[0, 1, 1], [1, 0, 1]]]) if self.binary else self.clusters
+
+
+def _paired(
+    teacher_rows: pd.DataFrame, student_rows: pd.DataFrame, benchmark: str, metric: str, sides: tuple[str, str]
+) -> _Paired:
+    pairs = _join(teacher_rows, student_rows, benchmark, metric, sides)
+    names = pairs["cluster_teacher"].to_numpy()
+    weights = pairs["n_teacher"].to_numpy(float)
+    teacher, student = (pairs[f"score_{side}"].to_numpy(float) for side in ("teacher", "student"))
+    of_teacher, sizes = cluster_sums(teacher, weights, names)
+    of_student, _ = cluster_sums(student, weights, names)
+    if len(sizes) < 2:
+        raise NotComparable(
+            f"{benchmark}/{metric}: all {len(pairs)} items are of one cluster, {names[0]!r}; "
+            "an interval needs at least 2"
+        )
+    return _Paired(teacher, student, np.stack([of_teacher, of_student, sizes], axis=1))
 
 
 def _join(

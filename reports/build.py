@@ -14,14 +14,14 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from reports import figures, paper, tables, text, verdict
+from reports import figures, paper, tables, templates, text, verdict
 from reports.flips import all_flips, shown, write_flips
 from reports.rows import RunData, all_rows, write_rows
 from reports.sections import Interval
 from reports.svg import key, slot
 from reports.twin import build_twin
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(templates.__path__[0])
 
 
 def write_report(

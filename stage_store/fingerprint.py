@@ -6,7 +6,7 @@ import ast
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from stage_store.files import inventory, sha256_file
 
 DATA_FILES: Mapping[str, tuple[str, ...]] = {
     "kernels_ext": (".cu", ".cuh", ".cpp", ".h"),
-    "reports": (".html", ".css", ".js"),
+    "reports": (".html", ".css", ".js", ".json"),
     "evals": (".yaml", ".json", ".jsonl", ".jsonl.gz"),
 }
-"""Files that are code in all but name: they count as soon as any module of their package is reached."""
+"""By top-level package, files that are code in all but name. One counts where a module of its own folder is reached; in
+a folder without modules, of the nearest folder above that has some. A module must therefore read data files of its own
+folder and those below it, and reach others by importing a module that lies beside them."""
 
 _GENERATED = {"out", "build", "__pycache__"}
 
@@ -58,7 +60,7 @@ def code_modules(module: str, root: Path, first_party: tuple[str, ...]) -> dict[
     """Name → sha256 (hex) of `module` and of all first-party code that it imports, directly or not.
 
     Imports inside functions and `import_module("…")` with a literal name are followed. Comments, docstrings and layout
-    do not count; neither does the Python version. Files of `DATA_FILES` are entered under their path.
+    do not count; neither does the Python version. Files of `DATA_FILES` are entered under their path where they count.
 
     root:        folder that holds the top-level packages.
     first_party: top-level packages to follow; everything else is a library.
@@ -76,12 +78,22 @@ def code_modules(module: str, root: Path, first_party: tuple[str, ...]) -> dict[
         found[name], imported = _parsed(source.read_bytes(), str(source), package)
         waiting += _parents(name)
         waiting += imported
-    for package in {name.split(".")[0] for name in found} & DATA_FILES.keys():
+    return dict(sorted((found | _data_files(found, root)).items()))
+
+
+def _data_files(modules: Iterable[str], root: Path) -> dict[str, str]:
+    """Path → sha256 (hex) of the files of `DATA_FILES` that count where these modules are reached."""
+    sources = {name: path for name in modules if (path := _source(root, name))}
+    folders = {path.parent for path in sources.values()}
+    found = {}
+    for package in {name.split(".")[0] for name in sources} & DATA_FILES.keys():
         for path in sorted((root / package).rglob("*")):
             inside = path.relative_to(root)
-            if path.name.endswith(DATA_FILES[package]) and not _GENERATED & set(inside.parts):
+            if not path.name.endswith(DATA_FILES[package]) or _GENERATED & set(inside.parts):
+                continue
+            if next(folder for folder in path.parents if any(folder.glob("*.py"))) in folders:
                 found[inside.as_posix()] = sha256_file(path)
-    return dict(sorted(found.items()))
+    return found
 
 
 @functools.lru_cache(maxsize=1024)

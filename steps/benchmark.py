@@ -31,8 +31,8 @@ WITH_TEACHER = ("fidelity", "layers")
 def run(config: BenchmarkStageConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Roles: teacher, corpus; student and teacher_rows (the teacher's own benchmark) to measure a student.
 
-    Writes rows.parquet, summary.json, samples.jsonl and, for a student, comparison.json. Returns the summary. Raises
-    EvaluationError if benchmarks failed and the others gave no rows.
+    Writes rows.parquet, summary.json, samples.jsonl and, for a student, comparison.json and means.json. Returns the
+    summary. Raises EvaluationError if benchmarks failed and the others gave no rows.
     """
     from evals import rows
     from evals.head import EvaluationError
@@ -246,13 +246,14 @@ def _user_text(tokenizer: Any, prompt: list[int]) -> str:
 
 
 def _compare(config: BenchmarkStageConfig, teacher: Path, frame: Any, out: Path) -> list[dict[str, str]]:
-    """Write comparison.json; what was refused, and why."""
+    """Write comparison.json and means.json; what was refused, and why."""
     import pandas as pd
 
     from evals.comparison import compare_runs
 
     compared = compare_runs(pd.read_parquet(teacher / "rows.parquet"), frame, config.deltas)
     _write(out / "comparison.json", compared.comparisons)
+    _write(out / "means.json", compared.means)
     return compared.refused
 
 

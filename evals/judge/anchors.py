@@ -42,6 +42,7 @@ def measure(
     return records, {
         "n": len(scores),
         "mean": fmean(scores),
+        "judged": len(scores) * len(texts),
         "failed": failed,
         "pairs": len(pairs),
         "ordered": sum(good > bad for good, bad in zip(scores[::2], scores[1::2], strict=True)),

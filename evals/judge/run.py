@@ -93,8 +93,7 @@ def measure(subject: Subject, config: Any) -> Found:
             keep("alpaca", figures)
             found.summary["alpaca"]["reference"] = config.alpaca if _has_outputs(instructions) else "teacher"
         stored, progress = subject.teacher_rows, parts.of("anchors")
-        records, found.summary["anchors"] = anchors.measure(judgments, prompts["single-v1"], tokens, stored, progress)
-        found.records += records
+        keep("anchors", anchors.measure(judgments, prompts["single-v1"], tokens, stored, progress))
     return found
 
 

@@ -27,7 +27,8 @@ class Task:
 
     Attributes:
         name: in the configuration, rows and reports.
-        source: of its items (`corpora.sources`); `hf:` takes `config=`, and the splits are named here.
+        source: of its items (`corpora.sources`); `hf:` takes `config=`, and the splits are named here, or `file=`, a
+            file of JSON lines in the repository.
         split: the scored items' split in the hub's data set.
         definition: a YAML file of this folder, or of lm-eval's `tasks` folder if it has a slash.
         version: that lm-eval's file must have, since prompts and scores change with it; "" for files of this folder.
@@ -38,6 +39,8 @@ class Task:
         item: column that names an item; "" takes its row number.
         cluster: column that dependent items share; "" makes each item its own.
         by: column that splits the items into tasks of their own for lm-eval (subjects of MMLU).
+        question: column with what a reader wants to see of a prompt; "" takes the end of the prompt, where plain text
+            has its question.
         chosen: a source whose JSON object has the values of column `item` to be scored, others being left out.
         paper: where "The Mamba in the Llama" (2408.15237) has this benchmark; "" if it has not.
     """
@@ -55,6 +58,7 @@ class Task:
     item: str = ""
     cluster: str = ""
     by: str = ""
+    question: str = ""
     chosen: str = ""
     paper: str = ""
 
@@ -104,7 +108,7 @@ _ROWS = (
         "#sha256=67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49",
         "train", "ifeval.yaml",
         ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc"),
-        kind="text", chat=True, item="key",
+        kind="text", chat=True, item="key", question="prompt",
     ),
     # The paper's ten, zero-shot.
     Task(
@@ -139,8 +143,10 @@ _ROWS = (
         chosen="wheel:inspect_evals==0.26.0!inspect_evals/pubmedqa/data/test_ground_truth.json"
         "#sha256=5e009708694401ab03de85a0a0d113e7c694c842e702ff058c0ee51fbf54837b",
     ),
-    Task("race", "hf:EleutherAI/race@main?config=high", "test", "race/race.yaml", ("acc",), "3.0", cluster="article",
-         paper="table 3"),
+    Task(
+        "race", "hf:EleutherAI/race@e30efe648089df42c548e93faa9c5f1816e2c44f?file=race_high_test.jsonl", "test",
+        "race/race.yaml", ("acc",), "3.0", cluster="article", paper="table 3",
+    ),
     # The Open LLM Leaderboard, version 1, with its shots; its sixth task is `gsm8k` below in another form.
     Task(
         "arc_challenge_25", _ARC.format("Challenge"), "test", "arc/arc_challenge.yaml", ("acc_norm", "acc"), "1.0",
@@ -164,13 +170,12 @@ _ROWS = (
     # ZeroEval's form: zero-shot, greedy, reasoning and answer as JSON.
     Task(
         "gsm8k", "hf:openai/gsm8k@cc7b047b6e5bb11b4f1af84efc572db110a51b3c?config=main", "test", "gsm8k.yaml",
-        ("acc", "no_answer"), kind="text", chat=True, paper="table 4",
+        ("acc", "no_answer"), kind="text", chat=True, question="question", paper="table 4",
     ),
     Task(
-        "crux", "hf:cruxeval-org/cruxeval@main", "test", "crux.yaml", ("acc", "no_answer"), kind="text", chat=True,
-        item="id", paper="table 4",
+        "crux", "hf:cruxeval-org/cruxeval@b96af0450242eb4da433032b90998f25588a5d0f", "test", "crux.yaml",
+        ("acc", "no_answer"), kind="text", chat=True, item="id", question="code", paper="table 4",
     ),
 )  # fmt: skip
 
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
-"""Revisions of the hub are commits where one is known to hold the data; `main` is resolved when it is fetched."""

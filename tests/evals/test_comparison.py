@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evals.comparison import PRIMARY, compare_runs
+from evals.comparison import FAMILIES, PRIMARY, compare_runs
 from evals.rows import table
 
 DELTAS = {"share": 0.02, "nats": 0.03, "points": 0.25}
@@ -93,4 +93,26 @@ def test_a_reference_of_somebody_else_makes_both_scores_comparable():
 
 def test_no_rows_give_no_comparisons():
     found = compare_runs(rows("teacher"), rows("half"), DELTAS)
-    assert (found.comparisons, found.refused) == ([], [])
+    assert (found.comparisons, found.means, found.refused) == ([], [], [])
+
+
+def test_the_families_are_those_of_the_paper_and_what_needs_no_hub():
+    assert {name: len(tasks) for name, tasks in FAMILIES.items()} == {"offline": 6, "paper": 10, "leaderboard": 5}
+    assert {"pubmedqa", "race", "mmlu"} <= set(FAMILIES["paper"])
+    assert "gsm8k" not in FAMILIES["leaderboard"]
+
+
+def test_the_mean_of_a_family_is_of_the_tasks_that_can_be_compared():
+    scores = {"mmlu_dev": [0, 1, 1, 0] * 10, "squad": [0.5, 1.0] * 20, "logiqa": [0, 1] * 20, "piqa": [0, 1] * 20}
+    teacher = rows("teacher", **scores, needle=[0, 1] * 20)
+    student = rows("half", **scores | {"squad": [0.5, 0.8] * 20}, needle=[0, 0] * 20)
+    student.loc[student.benchmark == "logiqa", "prompt_hash"] = "other"
+    found = compare_runs(teacher, student, DELTAS)
+    assert len(found.means) == 1  # one task of the paper's is no family
+    mean = found.means[0]
+    assert (mean["family"], mean["tasks"], mean["unit"], mean["delta"]) == (
+        "offline", ["mmlu_dev", "squad"], "share", 0.02
+    )  # fmt: skip
+    assert mean["missing"] == ["hellaswag_100", "truthfulqa_mc1_100", "logiqa", "ifeval"]
+    assert (mean["teacher"], mean["student"]) == (pytest.approx(0.625), pytest.approx(0.575))
+    assert [r["benchmark"] for r in found.refused] == ["logiqa"]

@@ -164,6 +164,15 @@ def test_what_is_allocated_is_what_was_computed(teacher, student):
             assert entry["measured"] == entry["kv"] + entry["ssm"] + entry["conv"]
 
 
+def test_bytes_that_do_not_fit_are_computed_and_not_measured(monkeypatch, student):
+    def full(batch, context):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    expected = efficiency.state_bytes(student, (512,))[0]
+    monkeypatch.setattr(student, "new_cache", full)
+    assert efficiency.state_bytes(student, (512,)) == [expected | {"measured": None}]
+
+
 @pytest.mark.parametrize("attention", [(), (0,), (1,)])
 def test_crossover_is_the_first_context_with_fewer_bytes(teacher, attention):
     student = tiny(1, attention)
@@ -187,12 +196,14 @@ def test_cuda_memory_that_runs_out_is_caught_and_given_back(corpus):
     free, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**27) / total)
     try:
-        config = EfficiencyConfig(batches=[1], contexts=[64, 2**22], tokens=8, repeats=2)
-        small, large = measured(model, corpus, config)["decode"]
-        assert small["tokens_per_second"] > 0
-        assert large["oom"]
+        config = EfficiencyConfig(batches=[1, 4], contexts=[64, 2**22], tokens=8, repeats=2)
+        summary = measured(model, corpus, config)
+        for part in ("prefill", "decode"):  # what comes after the cell that does not fit is measured
+            cells = {(c["batch"], c["context"]): c for c in summary[part]}
+            assert [shape for shape, cell in cells.items() if cell["oom"]] == [(1, 2**22), (4, 2**22)]
+            assert all(cell["tokens_per_second"] > 0 for cell in cells.values() if not cell["oom"])
+            assert cells[1, 2**22]["tokens_per_second"] is None
         assert torch.cuda.memory_reserved() < 2**27
-        assert measured(model, corpus, config)["decode"][0]["tokens_per_second"] > 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

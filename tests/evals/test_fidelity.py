@@ -113,9 +113,25 @@ def test_by_position_averages_each_stretch_over_its_tokens():
         (1, 2, 8.0, 1), (2, 4, 2.0, 2), (4, 5, 4.0, 1), (5, 8, 6.0, 3), (8, 9, 9.0, 1),
     ]  # fmt: skip
     assert [f["kl"] for f in found] == [0.5, 0.5, 0.25, 0.25, 0.25]
-    assert set(found[0]) == {"from", "to", "kl", "nll", "teacher_nll", "top1", "n"}
+    assert set(found[0]) == {"from", "to", "kl", "kl_se", "nll", "teacher_nll", "top1", "n", "documents"}
+    assert {(f["kl_se"], f["documents"]) for f in found} == {(None, 1)}
     alone = fidelity.by_position([scores(5, [2.0, 4.0], None)])
-    assert alone == [{"from": 5, "to": 7, "nll": 3.0, "n": 2}]
+    assert alone == [{"from": 5, "to": 7, "nll": 3.0, "n": 2, "documents": 1}]
+
+
+def test_the_error_at_a_position_counts_the_documents_that_reach_it():
+    def scores(document: str, first: int, kl: list[float]) -> fidelity.TokenScores:
+        values = np.array(kl)
+        block = Block(f"{document}@{first}", document, np.zeros(first + len(kl), np.uint32), first)
+        return fidelity.TokenScores(block, values, values, values, values)
+
+    found = fidelity.by_position(
+        [scores("a", 1, [1.0, 2.0, 4.0]), scores("b", 1, [3.0, 6.0, 2.0]), scores("a", 1, [9.0]), scores("c", 2, [7.0])]
+    )
+    assert [(f["from"], f["n"], f["documents"]) for f in found] == [(1, 3, 2), (2, 5, 3)]
+    one, two = ([np.array(v) for v in values] for values in ([[1.0], [3.0], [9.0]], [[2.0, 4.0], [6.0, 2.0], [7.0]]))
+    assert found[0]["kl_se"] == fidelity.clustered_error(one, ["a", "b", "a"])
+    assert found[1]["kl_se"] == fidelity.clustered_error(two, ["a", "b", "c"])
 
 
 def test_by_position_adds_up_to_the_summary(teacher, student):

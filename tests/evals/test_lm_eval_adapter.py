@@ -13,7 +13,7 @@ from evals.calibration import of_task
 from evals.head import EvaluationError
 from evals.lm_eval_adapter import measure_task
 from evals.loglikelihood import loglikelihoods
-from evals.stats import compare
+from evals.stats import NotComparable, compare
 from evals.tasks import TASKS
 
 ITEMS = [
@@ -244,3 +244,37 @@ def test_what_is_missing_is_named_with_the_command_that_fetches_it(tokenizer, tm
     )
     assert "python -m steps.prefetch" in text
     assert "benchmark.data.piqa" in text
+
+
+def test_what_one_model_read_more_of_than_the_other_is_not_compared(tokenizer, tmp_path):
+    """The teacher is measured before there is a student, with all of its own context."""
+    asked = [{**ITEMS[0], "query": "y" * 100}, *ITEMS[1:]]
+    settings = Settings({"hellaswag_100": written(tmp_path / "i.jsonl", asked)})
+    teacher = subject(tokenizer, tmp_path)
+    model = tiny(1, (1,), BYTE_VOCAB)
+    model.config = replace(model.config, max_position_embeddings=64)
+    student = replace(teacher, name="student", model=model, teacher=teacher.model)
+    of_teacher, of_student = (
+        rows.table(measure_task(s, "hellaswag_100", settings).records, s.name) for s in (teacher, student)
+    )
+    with pytest.raises(NotComparable, match="prompt_hash differs on 1 of 3 items, first 'a'"):
+        compare(of_teacher, of_student, "hellaswag_100", "acc", 0.02)
+    model.config = replace(model.config, max_position_embeddings=256)
+    of_student = rows.table(measure_task(student, "hellaswag_100", settings).records, "student")
+    assert compare(of_teacher, of_student, "hellaswag_100", "acc", 0.02)["n"] == 3
+
+
+def test_rows_show_what_was_asked_once_an_item(tokenizer, tmp_path, monkeypatch):
+    long = {**ITEMS[0], "query": "Start. " + "so " * 200 + "and he"}
+    asked = subject(tokenizer, tmp_path)
+    asked.model.config = replace(asked.model.config, max_position_embeddings=2048)
+    choices = Settings({"hellaswag_100": written(tmp_path / "items.jsonl", [long, *ITEMS[1:]])})
+    found = measure_task(asked, "hellaswag_100", choices).records
+    shown = {(r["item"], r["metric"]): r["prompt"] for r in found}
+    assert shown["b", "acc_norm"] == "Sport: They throw the ball and"
+    assert shown["b", "acc"] == shown["b", "confidence"] == ""
+    assert len(shown["a", "acc_norm"]) == 300
+    assert shown["a", "acc_norm"].startswith("…") and shown["a", "acc_norm"].endswith("so and he")
+    monkeypatch.setattr(lm_eval_adapter, "replies", lambda *_: [tokenizer("5")["input_ids"]])
+    problem = Settings({"gsm8k": written(tmp_path / "g.jsonl", [{"question": "What is 2 + 3?", "answer": "#### 5"}])})
+    assert [r["prompt"] for r in measure_task(asked, "gsm8k", problem).records] == ["What is 2 + 3?", ""]

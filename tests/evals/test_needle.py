@@ -117,6 +117,7 @@ def test_a_model_that_forgets_is_seen_to_forget(subject, monkeypatch):
     assert set(frame.cluster) == {f"{n}/{d}" for n in (600, 1200) for d in ("0", "0.5", "1")}
     missed = frame[frame.score == 0]
     assert set(missed["item"]) == {f"1200/0/{s}" for s in range(4)} and set(missed.response) == {"I do not know."}
+    assert frame.prompt.str.fullmatch(r"…[\s\S]{200,}What is the magic number of \w+\? Answer [a-z ]+\.").all()
     assert told == [
         (pytest.approx(1 / 3), "needles"),
         (1.0, "12/12 needles in 600 tokens"),

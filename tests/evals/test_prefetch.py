@@ -1,3 +1,4 @@
+import ast
 import hashlib
 import json
 
@@ -61,6 +62,27 @@ def test_all_that_a_configuration_reads_is_fetched_once_and_said(hub, tmp_path, 
     assert prefetch.main([str(path)]) == 0
     assert len(hub) == 1
     assert data.load(TASKS["piqa"]) == {"validation": [ROW]}
+
+
+def test_a_file_of_the_hub_is_read_at_its_commit_and_made_what_the_harness_reads(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBALLAMA_CACHE", str(tmp_path / "cache"))
+    problems = [{"question": "Who says so?", "answer": "D", "options": ["I", "you", "we", "they"]}]
+    (tmp_path / "race.jsonl").write_text(json.dumps({"article": "Once it rained.", "problems": problems}) + "\n")
+    load_dataset, asked = data.datasets.load_dataset, []
+
+    def from_disk(kind, data_files, split):
+        asked.append(data_files)
+        return load_dataset(
+            kind, data_files={split: str(tmp_path / "race.jsonl")}, split=split, cache_dir=str(tmp_path / "datasets")
+        )
+
+    monkeypatch.setattr(data.datasets, "load_dataset", from_disk)
+    (row,) = data.load(TASKS["race"])["test"]
+    assert ast.literal_eval(row["problems"]) == problems
+    revision = "e30efe648089df42c548e93faa9c5f1816e2c44f"
+    assert asked == [{"test": f"hf://datasets/EleutherAI/race@{revision}/race_high_test.jsonl"}]
+    assert data.load(TASKS["race"])["test"] == [row]
+    assert len(asked) == 1
 
 
 def test_what_cannot_be_had_is_named_and_the_rest_fetched(hub, tmp_path, capsys):

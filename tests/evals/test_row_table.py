@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from evals.rows import COLUMNS, mean_scores, table
+from evals.rows import COLUMNS, excerpt, mean_scores, table
 
 
 def record(item="a", metric="acc", score=1.0, **changes):
@@ -50,3 +50,20 @@ def test_records_that_are_no_rows_are_refused(records, message):
 def test_means_count_items_once_however_many_metrics_they_have():
     frame = table([record(m, metric, s) for m, s in (("a", 1), ("b", 0)) for metric in ("acc", "f1")], "half")
     assert mean_scores(frame, "quiz") == {"acc": 0.5, "f1": 0.5, "n": 2}
+
+
+def test_a_prompt_is_kept_where_there_is_one():
+    assert list(table([record(), record("b", prompt="Why?")], "half").prompt) == ["", "Why?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "expected"),
+    [
+        (" Why? ", False, "Why?"),
+        ("a" * 300, True, "a" * 300),
+        ("a" * 300 + "b", False, "a" * 299 + "…"),
+        ("a" + "b" * 300, True, "…" + "b" * 299),
+    ],
+)
+def test_an_excerpt_is_short_and_says_where_it_was_cut(text, end, expected):
+    assert excerpt(text, end) == expected

@@ -12,6 +12,7 @@ from evals.stats import (
     compare,
     holm,
     mcnemar_exact,
+    mean_of_tasks,
     minimum_detectable_difference,
     sign_flip_p,
     tail,
@@ -288,3 +289,120 @@ def test_clusters_keep_the_false_positive_rate_that_items_alone_lose():
             missed[name] += not low <= 0 <= high
     assert missed["documents"] / runs <= 0.10
     assert missed["items"] / runs >= 0.25
+
+
+def of_tasks(scores, model="teacher", clusters=None):
+    """Rows of several tasks. scores, clusters: by task."""
+    return pd.concat(
+        [rows(values, model, (clusters or {}).get(task), benchmark=task) for task, values in scores.items()],
+        ignore_index=True,
+    )
+
+
+ACC = {"large": "acc", "small": "acc"}
+
+
+def test_every_task_weighs_the_same_in_the_mean():
+    teacher = of_tasks({"large": [1] * 60 + [0] * 40, "small": [1] * 8 + [0] * 2})
+    student = of_tasks({"large": [1] * 50 + [0] * 50, "small": [1] * 9 + [0]}, "half")
+    m = mean_of_tasks(teacher, student, ACC, 0.02)
+    assert (m["tasks"], m["n"], m["clusters"]) == (["large", "small"], 110, 110)
+    assert (m["teacher"], m["student"]) == (pytest.approx(0.7), pytest.approx(0.7))
+    assert m["difference"] == pytest.approx(0.0)
+    assert m["retention"] == pytest.approx(1.0)
+    # Bonett and Price in each task: of (up, down, n) = (0, 10, 100) and (1, 0, 10), halved by the mean of two.
+    error = np.sqrt((12 / 102 - (10 / 102) ** 2) / 102 + (3 / 12 - (1 / 12) ** 2) / 12) / 2
+    assert m["mde"] == pytest.approx(2.8 * error, rel=0.03)
+    assert m["ci_low"] < m["bound"] < 0 < m["ci_high"]
+    assert m["retention_low"] < 1 < m["retention_high"]
+    assert m["verdict"] == "inconclusive"
+
+
+def test_the_mean_over_one_task_is_that_task():
+    rng = np.random.default_rng(10)
+    teacher = rng.random(60)
+    clusters = np.repeat([f"d{k}" for k in range(12)], 5)
+    student = teacher + rng.normal(0.05, 0.1, 60)
+    tables = rows(teacher, clusters=clusters), rows(student, "half", clusters)
+    mean = mean_of_tasks(*tables, {"hellaswag_100": "acc"}, 0.02)
+    alone = compare(*tables, "hellaswag_100", "acc", 0.02)
+    assert mean["verdict"] == alone["verdict"]
+    for figure in ("teacher", "student", "difference"):
+        assert mean[figure] == pytest.approx(alone[figure])
+    for figure in ("ci_low", "ci_high", "bound", "mde"):
+        assert mean[figure] == pytest.approx(alone[figure], abs=2e-3)
+
+
+def test_the_mean_over_tasks_shows_what_no_task_shows_alone():
+    """Three tasks of 400 items with 2 % of flips each way: in the mean of all, 2 points are ruled out."""
+    before, after = ([side] * 8 + [1 - side] * 8 + [0] * 200 + [1] * 184 for side in (0, 1))
+    teacher, student = of_tasks(dict.fromkeys("abc", before)), of_tasks(dict.fromkeys("abc", after), "half")
+    mean = mean_of_tasks(teacher, student, dict.fromkeys("abc", "acc"), 0.0125)
+    assert mean["verdict"] == "non-inferior within 0.0125"
+    assert compare(teacher, student, "a", "acc", 0.0125)["verdict"] == "inconclusive"
+
+
+def test_the_mean_over_tasks_says_worse_and_how_much_is_left():
+    rng = np.random.default_rng(11)
+    right = (rng.random((2, 300)) < 0.8).astype(float)
+    kept = right * (rng.random((2, 300)) < 0.75)
+    m = mean_of_tasks(*(of_tasks(dict(zip(ACC, scores, strict=True))) for scores in (right, kept)), ACC, 0.02)
+    assert m["verdict"] == "worse"
+    share = kept.mean() / right.mean()
+    assert m["retention"] == pytest.approx(share)
+    error = np.sqrt((kept - share * right).var(1).sum() / 300) / 2 / right.mean()  # of a ratio, by linearisation
+    assert m["retention_low"] == pytest.approx(share - 1.96 * error, abs=0.006)
+    assert m["retention_high"] == pytest.approx(share + 1.96 * error, abs=0.006)
+
+
+def test_a_task_of_four_clusters_leaves_the_mean_without_a_verdict():
+    clusters = {"small": np.repeat(list("abcd"), 5)}
+    teacher = of_tasks({"large": [0.5, 0.6] * 50, "small": [0.5] * 20}, clusters=clusters)
+    student = of_tasks({"large": [0.4, 0.5] * 50, "small": [0.4, 0.39] * 10}, clusters=clusters)
+    assert mean_of_tasks(teacher, student, ACC, 0.02)["verdict"] == "inconclusive"
+    assert mean_of_tasks(teacher, student, {"large": "acc"}, 0.02)["verdict"] == "worse"
+
+
+def test_nothing_is_kept_of_nothing():
+    teacher = of_tasks({"large": [0.0] * 40, "small": [0.0] * 20})
+    student = of_tasks({"large": [0.5] * 40, "small": [0.25] * 20}, "half")
+    m = mean_of_tasks(teacher, student, ACC, 0.02)
+    assert (m["retention"], m["retention_low"], m["retention_high"]) == (None, None, None)
+    assert (m["ci_low"], m["difference"], m["ci_high"]) == pytest.approx((0.375, 0.375, 0.375))
+
+
+def test_the_mean_over_tasks_refuses_as_a_comparison_does():
+    teacher = of_tasks({"large": [0, 1, 1], "small": [1, 0, 1]})
+    student = of_tasks({"large": [0, 1, 1], "small": [1, 0, 1]}, "half")
+    student.loc[student.benchmark == "small", "prompt_hash"] = "other"
+    with pytest.raises(NotComparable, match="small/acc: prompt_hash differs on 3 of 3 items"):
+        mean_of_tasks(teacher, student, ACC, 0.02)
+    with pytest.raises(ValueError, match="no tasks given"):
+        mean_of_tasks(teacher, student, {}, 0.02)
+
+
+def test_the_interval_of_the_mean_over_tasks_keeps_its_rate_where_clusters_are_resampled_within_their_task():
+    """Two tasks whose items share a document's effect, 10 documents and 30: equal models, 5 % of the intervals may miss
+    0. Items taken for independent, far more do."""
+    rng = np.random.default_rng(12)
+    runs, documents = 150, {"large": (30, 4), "small": (10, 8)}
+    by_document = {name: np.repeat([f"d{k}" for k in range(count)], size) for name, (count, size) in documents.items()}
+    missed = {"documents": 0, "bound": 0, "retention": 0, "items": 0}
+    for run in range(runs):
+        base = {name: 0.5 + 0.1 * rng.random(count * size) for name, (count, size) in documents.items()}
+        effect = {
+            name: 0.05 * (np.repeat(rng.normal(size=count), size) + rng.normal(size=count * size))
+            for name, (count, size) in documents.items()
+        }
+        scores = {name: base[name] + effect[name] for name in base}
+        for name, clusters in (("documents", by_document), ("items", None)):
+            tables = of_tasks(base, clusters=clusters), of_tasks(scores, "half", clusters)
+            m = mean_of_tasks(*tables, ACC, 0.02, draws=500, seed=run)
+            missed[name] += not m["ci_low"] <= 0 <= m["ci_high"]
+            if name == "documents":
+                missed["bound"] += m["bound"] > 0
+                missed["retention"] += not m["retention_low"] <= 1 <= m["retention_high"]
+    assert missed["documents"] / runs <= 0.10
+    assert missed["bound"] / runs <= 0.10
+    assert missed["retention"] / runs <= 0.10
+    assert missed["items"] / runs >= 0.20

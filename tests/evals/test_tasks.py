@@ -1,4 +1,5 @@
 import json
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,10 @@ def test_the_configuration_names_these_tasks():
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda t: t.name)
-def test_every_source_is_pinned_or_on_the_hub(task):
+def test_every_source_is_pinned_by_a_hash_or_a_commit(task):
     for text in (task.source, *([task.chosen] if task.chosen else [])):
         source = sources.parse(text)
-        assert source.sha256 or source.scheme == "hf"
+        assert source.sha256 or re.fullmatch("[0-9a-f]{40}", source.revision)
     assert bool(task.shots) == bool(task.shots_split)
 
 

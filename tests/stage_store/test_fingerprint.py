@@ -5,6 +5,7 @@ import pytest
 from store_helpers import payload
 
 from stage_store import StoreError, code_hash, code_modules, fingerprint_file, stage_key
+from stage_store.fingerprint import DATA_FILES
 
 PACKAGES = ("steps", "kernels_ext", "evals", "reports")
 TREE = {
@@ -21,7 +22,17 @@ TREE = {
     "kernels_ext/csrc/notes.md": "notes\n",
     "evals/__init__.py": "",
     "evals/stats.py": "",
+    "evals/margins.json": "{}",
+    "evals/tasks/__init__.py": "",
     "evals/tasks/mmlu.yaml": "task: mmlu\n",
+    "evals/tasks/prompts/mmlu.json": "{}",
+    "evals/tasks/scores.py": "",
+    "evals/judge/__init__.py": "from . import ask\n",
+    "evals/judge/ask.py": "",
+    "evals/judge/anchors.json": "[]",
+    "steps/benchmark.py": "from evals import tasks\n",
+    "steps/score.py": "from evals.tasks.scores import mean\n",
+    "steps/ask.py": "def run():\n    from evals import judge\n",
 }
 
 
@@ -50,8 +61,50 @@ def test_closure_follows_relative_lazy_and_named_imports_and_no_others(tree):
     }
 
 
-def test_data_files_count_where_their_package_is_reached(tree):
-    assert "evals/tasks/mmlu.yaml" in code_modules("steps.dpo", tree, PACKAGES)
+TASK_FILES = {"evals/tasks/mmlu.yaml", "evals/tasks/prompts/mmlu.json"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "reached"),
+    [
+        ("steps.dpo", {"evals/margins.json"}),
+        ("steps.benchmark", {"evals/margins.json", *TASK_FILES}),
+        ("steps.score", {"evals/margins.json", *TASK_FILES}),
+        ("steps.ask", {"evals/margins.json", "evals/judge/anchors.json"}),
+        ("steps.losses", set()),
+    ],
+    ids=["a module beside them", "their package", "a module of their package", "another package", "none"],
+)
+def test_data_files_count_where_a_module_of_their_folder_is_reached(tree, stage, reached):
+    assert {name for name in code_modules(stage, tree, PACKAGES) if "/" in name} == reached
+
+
+def test_every_data_file_of_this_project_counts_for_a_stage_and_none_for_a_training_stage():
+    root = Path(__file__).resolve().parents[2]
+    packages = ("steps", "evals", "hybrid", "corpora", "reports", "stage_store", "kernels_ext")
+    counting = {
+        stage: {name for name in code_modules(f"steps.{stage}", root, packages) if "/" in name}
+        for stage in ("benchmark", "report", "kl_distill")
+    }
+    there = {
+        path.relative_to(root).as_posix()
+        for package, endings in DATA_FILES.items()
+        for path in (root / package).rglob("*")
+        if path.name.endswith(endings) and "out" not in path.parts
+    }
+    assert counting["benchmark"] | counting["report"] == there
+    assert "reports/paper.json" in counting["report"] and "evals/tasks/squad.yaml" in counting["benchmark"]
+    assert not counting["kl_distill"]
+
+
+def test_a_task_s_file_changes_the_key_of_stages_that_read_it_and_of_no_others(tree):
+    def keys():
+        return {stage: code_hash(f"steps.{stage}", tree, PACKAGES) for stage in ("dpo", "benchmark", "score", "ask")}
+
+    before = keys()
+    (tree / "evals/tasks/mmlu.yaml").write_text("task: other\n")
+    after = keys()
+    assert {stage for stage in before if before[stage] != after[stage]} == {"benchmark", "score"}
 
 
 @pytest.mark.parametrize(

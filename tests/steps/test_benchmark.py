@@ -16,8 +16,8 @@ from evals.benchmark import Found
 from evals.head import EvaluationError
 from evals.judge import data as judge_data
 from hybrid import save_pretrained
-from steps import benchmark
-from steps.config import BenchmarkStageConfig
+from steps import benchmark, report
+from steps.config import BenchmarkStageConfig, ReportConfig
 from steps.stage import Progress, StageContext
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "evals"))
@@ -339,6 +339,7 @@ def test_student_has_divergence_layers_and_a_paired_comparison(results):
     assert [layer["replaced"] for layer in student["layers"]] == [True, False]
     assert student["efficiency"]["state"][0]["ssm"] > 0 == teacher["efficiency"]["state"][0]["ssm"]
 
+    assert json.loads((results / "student" / "means.json").read_text()) == []  # one task is no mean of tasks
     comparison = json.loads((results / "student" / "comparison.json").read_text())
     assert [(c["benchmark"], c["unit"]) for c in comparison] == [
         ("held_out", "nats"), ("held_out_text", "nats"), ("natural", "nats"), ("mmlu_dev", "share"),
@@ -409,6 +410,35 @@ def test_a_student_killed_in_the_judge_and_without_a_benchmark_ends_like_one_tha
     assert rows.equals(expected.reset_index(drop=True))
     compared = [c["benchmark"] for c in json.loads((tmp_path / "out" / "comparison.json").read_text())]
     assert compared == ["held_out", "held_out_text", "natural", "mmlu_dev", "needle", "mt_bench", "pairwise"]
+
+
+def test_a_task_without_its_data_is_told_on_the_page_and_the_mean_is_of_the_others(folders, tmp_path):
+    """Through both stages: nothing stands in for the benchmark that fails."""
+    items = [
+        {"id": f"i{k}", "cluster": f"i{k}", "query": f"{k} and 1?", "choices": ["yes", "no"], "gold": k % 2}
+        for k in range(8)
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    data = {"hellaswag_100": f"file:{tmp_path / 'items.jsonl'}", "squad": f"file:{tmp_path / 'gone.jsonl'}"}
+    asked = config(**ONLY_FIDELITY | {"tasks": ["squad", "mmlu_dev", "hellaswag_100"], "data": data})
+    _run(_teacher(folders), tmp_path / "teacher", asked)
+    summary, _ = _run(folders | {"teacher_rows": tmp_path / "teacher"}, tmp_path / "student", asked)
+    (lost,) = summary["failed"]
+    assert lost["benchmark"] == "squad" and "gone.jsonl" in lost["error"]
+    (mean,) = json.loads((tmp_path / "student" / "means.json").read_text())
+    assert (mean["tasks"], mean["n"]) == (["mmlu_dev", "hellaswag_100"], 5 + 5)
+    assert "squad" in mean["missing"]
+
+    (tmp_path / "lineage.json").write_text(
+        json.dumps({"run": "7", "config": {"variants": {"half": {"attention": "1/2"}}}, "stages": []})
+    )
+    inputs = {"lineage": "lineage.json", "benchmark_teacher": "teacher", "half.benchmark": "student"}
+    (tmp_path / "report").mkdir()
+    report.run(ReportConfig(), {role: tmp_path / name for role, name in inputs.items()}, tmp_path / "report", None)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("gone.jsonl") >= 2  # the teacher's and the student's
+    assert "--force benchmark" in page
+    assert "hellaswag_100" in page
 
 
 @pytest.mark.gpu

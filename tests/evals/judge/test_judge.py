@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 from endpoint import Endpoint, good
 from judged import ALPACA, PROMPTS, QUESTIONS, frame, kept, scores, subject
+from tiny_models import tiny
 
 from corpora import chat
 from evals import judge
@@ -107,6 +109,10 @@ def test_a_mode_that_was_hardly_read_has_figures_but_no_rows(tmp_path, caplog):
     assert (figures["readable"], figures["failed"], figures["judged"]) == (False, 6, 6)
     assert (figures["worst"], figures["best"]) == (1.0, 10.0)
     assert "6 of 6 judgments hold no verdict" in caplog.text
+    # Nor are the middle marks of stored answers kept, from which no later judgment could be seen to drift.
+    assert not _rows(found, "anchors", "score")
+    anchors = found.summary["anchors"]
+    assert (anchors["readable"], anchors["failed"], anchors["judged"]) == (False, 20, 20)
 
 
 def test_a_teacher_that_was_asked_otherwise_is_named(tmp_path):
@@ -145,6 +151,18 @@ def test_records_of_another_form_are_refused(tmp_path, records, message):
 def test_an_answer_beyond_the_context_is_refused_with_the_setting(tmp_path):
     with pytest.raises(EvaluationError, match="context of 256; lower benchmark.judge.answer_tokens"):
         judge.measure(subject(tmp_path), CONFIG.model_copy(update={"answer_tokens": 250}))
+    asked = subject(tmp_path)
+    short = tiny(2, (0, 1))
+    short.config = replace(short.config, max_position_embeddings=16)
+    with pytest.raises(EvaluationError, match="context of 16; lower benchmark.judge.answer_tokens"):
+        judge.measure(replace(asked, teacher=short), CONFIG)
+
+
+def test_rows_of_answers_show_the_question(tmp_path):
+    found = judge.measure(subject(tmp_path), CONFIG)
+    asked = {r["item"]: r["prompt"] for r in _rows(found, "mt_bench", "answer_tokens")}
+    assert asked == {f"{q.id}/{turn}": text for q in QUESTIONS for turn, text in enumerate(q.turns, 1)}
+    assert {r["prompt"] for r in _rows(found, "mt_bench", "score")} == {""}
 
 
 def test_requests_go_out_several_at_a_time_and_never_more_than_allowed(tmp_path):

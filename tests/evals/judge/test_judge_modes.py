@@ -48,6 +48,7 @@ def test_mt_bench_grades_both_turns_and_shows_references_where_there_are(judgmen
     assert summary == {
         "mean": 6.0, "turn_1": 8.0, "turn_2": 4.0, "n": 6, "judged": 6, "failed": 0, "best": 6.0, "worst": 6.0,
         "repeat_sd": None, "by_category": {"writing": 6.0, "math": 6.0},
+        "category_n": {"writing": 2, "math": 4},
     }  # fmt: skip
 
 
@@ -248,7 +249,8 @@ def test_anchors_tell_whether_the_judge_knows_good_from_bad(judgments, tmp_path)
     records, summary = _anchors(judgments(Scripted(_of_the_good(2, 9))))
     assert len(records) == anchors.COUNT == 20
     assert summary == {
-        "n": 20, "mean": 5.5, "failed": 0, "pairs": 10, "ordered": 10, "stored_mean": None, "largest_change": None,
+        "n": 20, "mean": 5.5, "judged": 20, "failed": 0, "pairs": 10, "ordered": 10, "stored_mean": None,
+        "largest_change": None,
     }  # fmt: skip
     indifferent = Scripted(lambda text: "[[7]]")
     indifferent.hash = "another"
