@@ -71,10 +71,12 @@ def decode_attention(
     batch, length, heads, headdim = q.shape
     groups, positions = k_cache.shape[1:3]
     own = slots.clamp(min=0).long()
+    if not q.is_cuda:  # there the host may ask, and what no token sees is not read
+        positions = min(positions, int(lengths[own].max()) + offset + length)
     seen_by_last = (lengths[own] + offset)[:, None] + torch.arange(length, device=q.device)  # (B, T)
     visible = torch.arange(positions, device=q.device) <= seen_by_last[..., None]  # (B, T, M)
-    k = k_cache[own].float()  # (B, G, M, P)
-    v = torch.where(visible[:, -1, None, :, None], v_cache[own], 0).float()
+    k = k_cache[:, :, :positions][own].float()  # (B, G, M, P)
+    v = torch.where(visible[:, -1, None, :, None], v_cache[:, :, :positions][own], 0).float()
     grouped = q.float().view(batch, length, groups, -1, headdim).permute(0, 2, 3, 1, 4)  # (B, G, R, T, P)
     scores = grouped.reshape(batch, groups, -1, headdim) @ k.transpose(-1, -2) / math.sqrt(headdim)
     scores = scores.view(batch, groups, -1, length, positions).masked_fill(~visible[:, None, None], float("-inf"))
