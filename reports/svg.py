@@ -1,7 +1,8 @@
 """Charts as SVG text: no library, no script, the same bytes for the same numbers.
 
 Colours and fonts come from the page's style sheet through classes: `s0` is the teacher, `s1`, `s2`, … the variants, and
-each has a marker shape of its own so that nothing rests on colour alone. Every mark carries its numbers in a <title>.
+each has a marker shape of its own so that nothing rests on colour alone. A mark carries its numbers in a <title>,
+unless they stand beside it or a chart has too many marks for that.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LEAST_PLOT = 220
 RADIUS = 4.0
 MARKERS = 25
 """Most points of a line that all have a marker."""
+NOTED = 120
+"""Most marks of a chart that say their numbers on hovering; of more, the table behind the chart does."""
 SHADES = 10
 """Classes h0 … h9 of a heat map, dark to bright."""
 WIDTH = 460
@@ -43,7 +46,6 @@ class Point:
 @dataclass(frozen=True)
 class Series:
     """name: as in the legend; "" stands in none. joined: draw the line through the points. hollow: outlined markers.
-    notes: whether a marker says its numbers on hovering.
 
     Of many joined points only some get a marker, enough to tell the lines apart without their colours.
     """
@@ -55,7 +57,6 @@ class Series:
     dashed: bool = False
     joined: bool = True
     hollow: bool = False
-    notes: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class ForestRow:
 
 @dataclass(frozen=True)
 class Cell:
-    """One field of a heat map. share: 0 … 1, its shade; None where nothing was measured."""
+    """One field of a heat map. share: 0 … 1, its shade; None where nothing was measured. note: said on hovering."""
 
     share: float | None
     text: str
@@ -217,8 +218,9 @@ def line_chart(
             parts.append(tag("text", r.label, class_="tick", x=width - right, y=up(r.value) - 4, text_anchor="end"))
     for i, r in enumerate(sorted(uprights, key=lambda r: r.value)):
         parts.append(_upright(r.label, across(r.value), 30 + 18 * rows + 15 * i, height - bottom, left, width - right))
+    noted = sum(len(_shown(s)) for s in series) <= NOTED
     for s in series:
-        parts.append(_drawn(s, x, y, across, up))
+        parts.append(_drawn(s, x, y, across, up, noted))
     for i, a in enumerate(absent):
         at, below = across(a.x), sum(b.x == a.x for b in absent[:i])
         line = height - bottom - 9 - 16 * below
@@ -263,8 +265,7 @@ def forest(title: str, rows: Sequence[ForestRow], axis: Axis, *, zero: str, delt
         y += step
         name = tag("text", row.name, class_="label ink", x=left - 12, y=y + 4, text_anchor="end")
         whisker = tag("line", class_="bar", x1=across(row.low), x2=across(row.high), y1=y, y2=y)
-        mark = _marked(row.slot, across(row.value), y, f"{row.label}, {row.name}: {row.note}", whisker)
-        parts.append(tag("g", name, mark, class_=f"s{row.slot}"))
+        parts.append(tag("g", name, whisker, marker(row.slot, across(row.value), y), class_=f"s{row.slot}"))
         parts.append(tag("text", row.note, class_="tick", x=width - right + 12, y=y + 4))
     middle = (left + width - right) / 2
     parts.append(tag("text", axis.label, class_="label", x=middle, y=height - 8, text_anchor="middle"))
@@ -316,7 +317,8 @@ def heat_map(
             look = "h-none" if cell.share is None else f"h{min(SHADES - 1, int(SHADES * cell.share))}"
             field = tag("rect", x=left + wide * j, y=top + tall * i, width=wide, height=tall)
             words = tag("text", cell.text, x=left + wide * (j + 0.5), y=middle)
-            parts.append(tag("g", tag("title", cell.note), field, words, class_=f"field {look}"))
+            note = [tag("title", cell.note)] if cell.note else []
+            parts.append(tag("g", *note, field, words, class_=f"field {look}"))
     for j, label in enumerate(columns):
         parts.append(tag("text", label, class_="tick", x=left + wide * (j + 0.5), y=foot + 16, text_anchor="middle"))
     end = left + wide * len(columns)
@@ -490,15 +492,20 @@ def _drawable(s: Series, log_x: bool, log_y: bool) -> Series:
     return replace(s, points=points)
 
 
-def _drawn(s: Series, x: Axis, y: Axis, across: _Scale, up: _Scale) -> Markup:
+def _shown(s: Series) -> Sequence[Point]:
+    """The points of a line that have a marker."""
+    many = s.joined and len(s.points) > MARKERS
+    stride = len(s.points) // (MARKERS // 2) if many else 1
+    return s.points[s.slot % stride :: stride] if s.markers else ()
+
+
+def _drawn(s: Series, x: Axis, y: Axis, across: _Scale, up: _Scale, noted: bool) -> Markup:
     parts = []
     if s.joined:
         placed = " ".join(f"{_plain(across(p.x))},{_plain(up(p.y))}" for p in s.points)
         parts.append(tag("polyline", class_="line dashed" if s.dashed else "line", points=placed))
-    many = s.joined and len(s.points) > MARKERS
-    stride = len(s.points) // (MARKERS // 2) if many else 1
-    for p in s.points[s.slot % stride :: stride] if s.markers else ():
-        note = (p.note or f"{s.name}: {y.show(p.y)} at {x.show(p.x)}") if s.notes else ""
+    for p in _shown(s):
+        note = (p.note or f"{s.name}: {y.show(p.y)} at {x.show(p.x)}") if noted else ""
         parts.append(_marked(s.slot, across(p.x), up(p.y), note, _whisker(p, across, up), s.hollow))
     return tag("g", *parts, class_=f"s{s.slot}")
 

@@ -21,8 +21,6 @@ LAYER_MEASURES = {
 """Measures of `evals.layers` → title and axis of their charts."""
 DIAGRAMS = 4
 """Most tasks whose calibration is drawn."""
-FEW = 4
-"""Students whose marks say their numbers on hovering; of more, the table alone does: there are thousands of marks."""
 CURVES = 20
 """Most reliability curves of a page: with many models there are diagrams of fewer tasks."""
 
@@ -39,7 +37,6 @@ def by_layer(twin: Mapping[str, Any]) -> list[Markup]:
                 points,
                 joined=False,
                 hollow=not replaced,
-                notes=len(found) <= FEW,
             )
             for m in found
             for replaced in (True, False)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from reports.figures.fidelity import middle, span
 from reports.figures.models import Model, models, rules, whisker
-from reports.svg import Axis, Cell, Point, Rule, Series, heat_map, line_chart
+from reports.svg import NOTED, Axis, Cell, Point, Rule, Series, heat_map, line_chart
 from reports.text import count, interval, number, percent
 
 
@@ -66,18 +66,20 @@ def last_tokens(twin: Mapping[str, Any]) -> Markup | None:
 def needles(twin: Mapping[str, Any]) -> list[Markup]:
     """One heat map a model: needles found by depth and length."""
     context = twin["teacher"]["context"]
+    measured = [m for m in models(twin) if m.benchmark["needle"] and m.benchmark["needle"]["cells"]]
+    noted = sum(len(m.benchmark["needle"]["cells"]) for m in measured) <= NOTED
     return [
-        _needle_map(m.name, grid, grid["train_length"] if m.slot else context)
-        for m in models(twin)
-        if (grid := m.benchmark["needle"]) and grid["cells"]
+        _needle_map(m.name, grid, grid["train_length"] if m.slot else context, noted)
+        for m in measured
+        for grid in [m.benchmark["needle"]]
     ]
 
 
-def _needle_map(name: str, grid: Mapping[str, Any], trained: int | None) -> Markup:
+def _needle_map(name: str, grid: Mapping[str, Any], trained: int | None, noted: bool) -> Markup:
     lengths, depths = sorted(grid["lengths"]), sorted(grid["depths"])
     cells = {(c["depth"], c["length"]): c for c in grid["cells"]}
     rows = [
-        (f"{100 * depth:.0f} %", [_needle_cell(depth, length, cells.get((depth, length))) for length in lengths])
+        (f"{100 * depth:.0f} %", [_needle_cell(depth, length, cells.get((depth, length)), noted) for length in lengths])
         for depth in depths
     ]
     limits = [
@@ -90,14 +92,15 @@ def _needle_map(name: str, grid: Mapping[str, Any], trained: int | None) -> Mark
     )
 
 
-def _needle_cell(depth: float, length: int, cell: Mapping[str, Any] | None) -> Cell:
+def _needle_cell(depth: float, length: int, cell: Mapping[str, Any] | None, noted: bool) -> Cell:
     where = f"depth {100 * depth:.0f} %, {count(length)} tokens"
     if cell is None or not cell["n"]:
-        return Cell(None, "–", f"{where}: not measured")
+        return Cell(None, "–", f"{where}: not measured" if noted else "")
     share = cell["k"] / cell["n"]
     low, high = cell.get("ci_low"), cell.get("ci_high")
     spread = "" if low is None else f" {interval(low, high, percent)}"
-    return Cell(share, f"{cell['k']}/{cell['n']}", f"{where}: {cell['k']} of {cell['n']}, {percent(share)}{spread}")
+    note = f"{where}: {cell['k']} of {cell['n']}, {percent(share)}{spread}"
+    return Cell(share, f"{cell['k']}/{cell['n']}", note if noted else "")
 
 
 def _measured(twin: Mapping[str, Any]) -> Sequence[Model]:
