@@ -113,6 +113,7 @@ def _environment() -> Environment:
         "tiles": tables.tiles,
         "labels": figures.STAGE_LABELS,
         "units": figures.LOSS_UNITS,
+        "families": verdict.FAMILIES,
         "z95": verdict.Z95,
         "missing": text.MISSING,
         "as_points": text.points,

@@ -17,7 +17,7 @@ import pandas as pd
 from reports.flips import flips, shown
 from reports.rows import TEACHER, ReportError, clean, read_json, read_rows
 from reports.sections import against, named
-from reports.twin import COMPARISON, CURVE_POINTS, SCHEMA, TRAINING, differences, finish, leaf_differences, thin
+from reports.twin import COMPARISON, CURVE_POINTS, MEAN, SCHEMA, TRAINING, differences, finish, leaf_differences, thin
 
 LEAST_POINTS = 30
 """Of a training curve, however many there are on the page."""
@@ -27,10 +27,13 @@ SECTIONS |= {"pairwise": ("judge", "pairwise"), "alpaca": ("judge", "alpaca")}
 
 
 class Compared(Protocol):
-    """comparisons: lines as in comparison.json. refused: {"benchmark", "metric", "reason"}."""
+    """comparisons, means: lines as in comparison.json and means.json. refused: {"benchmark", "metric", "reason"}."""
 
     @property
     def comparisons(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def means(self) -> list[dict[str, Any]]: ...
 
     @property
     def refused(self) -> list[dict[str, str]]: ...
@@ -198,6 +201,7 @@ def _bare(
         "draft": {"stage": "draft", "ran": False},
         "benchmark": measured,
         "comparisons": [],
+        "means": [],
         "speculation": None,
         "against_teacher": against(measured, teacher),
         "settings": {},
@@ -231,13 +235,13 @@ def _compare_all(
     compare: Compare,
     margins: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """Fills every variant's `comparisons`; returns what was refused. first: label of the run of "teacher"."""
+    """Fills every variant's `comparisons` and `means`; returns what was refused. first: label of "teacher"'s run."""
     run = next((v["run"] for v in variants if v["name"] == baseline), first)
     own = [v["name"] for v in variants if v["run"] == run and v["name"] in tables]
     reference = pd.concat([tables[name] for name in dict.fromkeys([baseline, *own])])
     refused: list[dict[str, Any]] = []
     for v in variants:
-        v["comparisons"] = []
+        v["comparisons"], v["means"] = [], []
         if v["name"] not in tables:
             continue
         unlike = {} if v["run"] == run else _unlike(reference, tables[v["name"]])
@@ -247,6 +251,7 @@ def _compare_all(
             continue
         compared = compare(tables[baseline], tables[v["name"]], margins, (baseline, v["name"]))
         v["comparisons"] = [named(c, COMPARISON) for c in compared.comparisons if c["benchmark"] not in unlike]
+        v["means"] = [named(m, MEAN) for m in compared.means if not set(m["tasks"]) & set(unlike)]
         reasons = [named(r, ("benchmark", "metric", "reason")) for r in compared.refused]
         said = {r["benchmark"] for r in reasons}
         reasons += [{"benchmark": b, "metric": None, "reason": why} for b, why in unlike.items() if b not in said]

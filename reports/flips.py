@@ -36,6 +36,7 @@ def flips(
     """
     found = []
     for c in comparisons:
+        asked = _prompts(baseline, c["benchmark"])
         ours, theirs = (_answers(table, c["benchmark"], c["metric"]) for table in (rows, baseline))
         sign = -1 if c.get("higher_is_better") is False else 1
         changed = [
@@ -44,6 +45,7 @@ def flips(
                 "metric": c["metric"],
                 "item": item,
                 "model": model,
+                "prompt": asked.get(item, ""),
                 "baseline_score": theirs[item][0],
                 "score": score,
                 "harm": sign * (theirs[item][0] - score),
@@ -109,10 +111,19 @@ def _answers(table: pd.DataFrame, benchmark: str, metric: str) -> dict[str, tupl
     }
 
 
+def _prompts(table: pd.DataFrame, benchmark: str) -> dict[str, str]:
+    """item → beginning of what was asked, where the rows have it."""
+    if "prompt" not in table:
+        return {}
+    own = table[(table["benchmark"] == benchmark) & (table["prompt"].fillna("") != "")]
+    return dict(zip(own["item"], own["prompt"], strict=True))
+
+
 def _with_words(flip: Mapping[str, Any]) -> dict[str, Any]:
     before, after = (printable(flip[side]) for side in ("baseline_answer", "answer"))
     words = word_difference(before[:CHARACTERS], after[:CHARACTERS])
     return {k: v for k, v in flip.items() if k not in ("baseline_answer", "answer")} | {
+        "prompt": printable(flip["prompt"]),
         "words": words,
         "cut": max(len(before), len(after)) > CHARACTERS,
     }

@@ -24,10 +24,12 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Folder of a benchmark stage. comparisons and samples may be empty; rows is None where the file is missing."""
+    """Folder of a benchmark stage. comparisons, means and samples may be empty; rows is None where the file is
+    missing."""
 
     summary: dict[str, Any]
     comparisons: list[dict[str, Any]] = field(default_factory=list)
+    means: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     rows: pd.DataFrame | None = None
 
@@ -125,10 +127,12 @@ def _benchmark(folder: Path) -> Benchmark | None:
     """None where the stage left no summary: then it did not run."""
     if not (folder / "summary.json").exists():
         return None
-    comparison, samples, rows = folder / "comparison.json", folder / "samples.jsonl", folder / "rows.parquet"
+    comparison, means = folder / "comparison.json", folder / "means.json"
+    samples, rows = folder / "samples.jsonl", folder / "rows.parquet"
     return Benchmark(
         read_json(folder / "summary.json"),
         read_json(comparison) if comparison.exists() else [],
+        read_json(means) if means.exists() else [],
         _read_lines(samples) if samples.exists() else [],
         _read_rows(rows) if rows.exists() else None,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from reports.rows import Benchmark
 
 FIDELITY = ("kl_mean", "kl_p50", "kl_p90", "kl_p99", "kl_se", "top1", "ppl", "ppl_ratio", "tokens", "documents")
-POSITION = ("from", "to", "kl", "nll", "teacher_nll", "top1", "n")
+POSITION = ("from", "to", "kl", "kl_se", "nll", "teacher_nll", "top1", "n", "documents")
 NO_SCORES = ("n", "chance", "no_answer", "too_long", "harness", "calibration")
 """Entries of a task that are no score of it."""
 BIN = ("low", "high", "confidence", "accuracy", "n")
@@ -23,7 +23,7 @@ SPEED = ("batch", "context", "tokens_per_second", "low", "high", "repeats", "oom
 STATE = ("kv", "ssm", "conv")
 JUDGE = {
     "judge": ("kind", "model", "hash"),
-    "mt_bench": ("mean", "turn_1", "turn_2", "n", "failed", "by_category", "best", "worst", "repeat_sd"),
+    "mt_bench": ("mean", "turn_1", "turn_2", "n", "failed", "by_category", "category_n", "best", "worst", "repeat_sd"),
     "pairwise": (
         *("wins", "ties", "losses", "consistent", "inconsistent", "n", "failed", "length_ratio", "best", "worst"),
         *("win_rate", "ci_low", "ci_high", "repeat_sd"),

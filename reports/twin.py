@@ -10,7 +10,7 @@ from reports.rows import TEACHER, TEACHER_ROLE, RunData, clean
 from reports.sections import Interval, against, benchmark, named
 from reports.verdict import headline, run_flags, variant_flags
 
-SCHEMA = 2
+SCHEMA = 3
 TRAINING = ("align", "kl_distill", "sft", "dpo")
 THROUGHPUT = (
     *("steps", "tokens", "positions", "train_seconds", "tokens_per_second", "flops_per_token", "utilisation"),
@@ -24,6 +24,11 @@ COMPARISON = (
     *("benchmark", "metric", "unit", "higher_is_better", "n", "clusters", "teacher", "student", "difference"),
     *("ci_low", "ci_high", "bound", "p", "p_holm", "test", "flips_up", "flips_down", "mde", "delta", "verdict"),
 )
+MEAN = (
+    *("family", "tasks", "missing", "n", "clusters", "teacher", "student", "difference", "ci_low", "ci_high", "bound"),
+    *("retention", "retention_low", "retention_high", "mde", "delta", "verdict"),
+)
+"""Means over tasks, as `evals.stats.mean_of_tasks` gives them: shares between 0 and 1."""
 SPECULATION = (
     *("k", "acceptance", "effective_acceptance", "acceptance_by_position", "proposed", "accepted", "verifications"),
     *("tokens_per_verification", "ci_low", "ci_high", "tokens_per_second", "speedup", "steady_speedup"),
@@ -196,6 +201,7 @@ def _variant(
         "draft": _training("draft", own.get("draft")),
         "benchmark": measured,
         "comparisons": [named(c, COMPARISON) for c in found.comparisons] if found else [],
+        "means": [named(m, MEAN) for m in found.means] if found else [],
         "speculation": _speculation(data.speculation.get(name), own),
         "against_teacher": against(measured, teacher),
         "settings": _settings(name, stages),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from reports.text import benchmark_name, count, number, percent, points, ratio, signed
+from reports.text import benchmark_name, count, interval, number, percent, points, ratio, signed
 
 # Limits behind the flags. They judge nothing; they say when a figure needs the reader's attention.
 FEW_ITEMS = 200
@@ -35,6 +35,8 @@ SHARES = (
     "no_answer",
 )
 
+FAMILIES = {"offline": "offline tasks", "paper": "of the paper's tasks", "leaderboard": "leaderboard tasks"}
+"""What the means over tasks are over, by `evals.comparison.FAMILIES`."""
 UNITS = {"nll": "nats per token", "score": "judge points"}
 
 Flag = dict[str, str]
@@ -74,11 +76,12 @@ def tally(comparisons: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def headline(variant: Mapping[str, Any], baseline: str = "teacher") -> list[str]:
-    """At most four factual sentences: distance to the teacher, tasks, cost, speculation."""
+    """A few factual sentences: distance to the teacher, tasks and their means, cost, speculation."""
     benchmark = variant["benchmark"]
     if benchmark is None:
         return ["The benchmark was not run: nothing can be said about this variant."]
     parts = [_fidelity(benchmark["fidelity"].get("held_out")), _tasks(variant["comparisons"], baseline)]
+    parts += [_mean(mean, baseline) for mean in variant["means"]]
     parts += [_cost(variant["against_teacher"], benchmark), _speculation(variant["speculation"])]
     return [p for p in parts if p]
 
@@ -271,6 +274,14 @@ def _tasks(comparisons: Sequence[Mapping[str, Any]], baseline: str) -> str:
         f"{counts['non-inferior']} non-inferior within {margin} points, {counts['worse']} worse, "
         f"{counts['inconclusive']} inconclusive."
     )
+
+
+def _mean(mean: Mapping[str, Any], baseline: str) -> str:
+    kept = "" if mean["retention"] is None else f"; {percent(mean['retention'])} of {_the(baseline)}'s is kept"
+    margin = f" within {points(mean['delta']).lstrip('+')} points" if mean["verdict"].startswith("non-inferior") else ""
+    over = f"{len(mean['tasks'])} {FAMILIES.get(mean['family'], mean['family'])}"
+    found = f"{points(mean['difference'])} points {interval(mean['ci_low'], mean['ci_high'], points)}"
+    return f"Mean over {over}: {found}{kept}; {mean['verdict'].split(' within')[0]}{margin}."
 
 
 def _cost(against: Mapping[str, Any], benchmark: Mapping[str, Any]) -> str:

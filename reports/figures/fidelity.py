@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reports.figures.models import Model, models, students
+from reports.figures.models import Model, models, students, whisker
 from reports.svg import Axis, Point, Series, line_chart
 from reports.text import TEXTS, count, number, percent
 
@@ -81,7 +81,8 @@ def _position_points(name: str, buckets: Sequence[Mapping[str, Any]]) -> list[Po
         Point(
             middle(b),
             b["kl"],
-            note=f"{name}, positions {span(b)}: {number(b['kl'])} nats, n={count(b['n'])} tokens",
+            *whisker(b["kl"], b["kl_se"]),
+            f"{name}, positions {span(b)}: {number(b['kl'])} nats, n={count(b['n'])} tokens",
         )
         for b in buckets
         if b["kl"] is not None

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from reports.figures.models import models, students
 from reports.svg import Axis, Bar, Point, dots, stacked_bars
-from reports.text import number
+from reports.text import count, number
 
 
 def pairwise(twin: Mapping[str, Any]) -> Markup | None:
@@ -37,8 +37,9 @@ def by_category(twin: Mapping[str, Any]) -> Markup | None:
         (
             category,
             [
-                (m.slot, Point(score, 0, note=f"{m.name}, {category}: {number(score)}"))
+                (m.slot, Point(score, 0, note=f"{m.name}, {category}: {number(score)}, n={count(asked.get(category))}"))
                 for m, own in scores
+                for asked in [m.benchmark["judge"]["mt_bench"]["category_n"] or {}]
                 if (score := own.get(category)) is not None
             ],
         )

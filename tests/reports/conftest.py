@@ -63,6 +63,8 @@ def answers(name, seed):
     frame = pd.DataFrame(records, columns=["benchmark", "item", "cluster", "metric", "score", "n", "response"])
     frame["run"], frame["model"] = "", name
     frame["item_hash"] = frame["prompt_hash"] = "h" + frame["item"]
+    asked = ~frame.duplicated(["benchmark", "item"]) & frame["benchmark"].isin(TASKS)
+    frame["prompt"] = ("What is asked of " + frame["item"] + "? " + HOSTILE).where(asked, "")
     order = [
         "run",
         "model",
@@ -75,6 +77,7 @@ def answers(name, seed):
         "score",
         "n",
         "response",
+        "prompt",
     ]
     return frame[order]
 
@@ -97,10 +100,10 @@ def benchmark_summary(name, rows):
         natural |= {"kl_mean": 1.3 * kl, "ppl": 24.1 * np.exp(kl), "ppl_ratio": np.exp(kl)} | tail
     scores = rows[rows.metric.isin(["acc", "acc_norm"])].groupby("benchmark")["score"].mean()
     held_out["by_position"] = [
-        {"from": 40, "to": 128, "nll": 1.4, "n": 2816}
-        | ({} if name == "teacher" else {"kl": 1.2 * KL[name], "teacher_nll": 1.2, "top1": 0.6}),
-        {"from": 128, "to": 512, "nll": 1.1, "n": 4080}
-        | ({} if name == "teacher" else {"kl": 0.8 * KL[name], "teacher_nll": 1.0, "top1": 0.7}),
+        {"from": 40, "to": 128, "nll": 1.4, "n": 2816, "documents": 32}
+        | ({} if name == "teacher" else {"kl": 1.2 * KL[name], "kl_se": 0.03, "teacher_nll": 1.2, "top1": 0.6}),
+        {"from": 128, "to": 512, "nll": 1.1, "n": 4080, "documents": 24}
+        | ({} if name == "teacher" else {"kl": 0.8 * KL[name], "kl_se": 0.05, "teacher_nll": 1.0, "top1": 0.7}),
     ]
     return {
         "model": name,
@@ -203,7 +206,12 @@ def efficiency_figures(mamba):
 def judge_figures(name):
     mean = 6.5 - 2 * KL[name]
     marks = {"mean": mean, "turn_1": mean + 0.3, "turn_2": mean - 0.3, "n": 16, "failed": 1, "best": mean + 0.2}
-    marks |= {"worst": mean - 0.3, "by_category": {"writing": mean, "math": mean - 1}, "repeat_sd": 0.1}
+    marks |= {
+        "worst": mean - 0.3,
+        "by_category": {"writing": mean, "math": mean - 1},
+        "category_n": {"writing": 7, "math": 8},
+        "repeat_sd": 0.1,
+    }
     anchors = {
         "n": 20,
         "mean": 5.1,
@@ -379,6 +387,7 @@ def write_benchmark(folder, name, seed, teacher_rows=None):
     if teacher_rows is not None:
         compared = compare_runs(teacher_rows, rows, DELTAS)
         (folder / "comparison.json").write_text(json.dumps(compared.comparisons))
+        (folder / "means.json").write_text(json.dumps(compared.means))
     return rows
 
 

@@ -212,7 +212,7 @@ def test_every_chart_is_an_image_with_a_title_and_a_table_follows(built):
 def test_twin_and_page_say_the_same(built, tmp_path):
     twin, html = built
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == twin
-    assert twin["schema"] == 2
+    assert twin["schema"] == 3
     text = body_text(html)
     for variant in twin["variants"]:
         held_out = variant["benchmark"]["fidelity"]["held_out"]
@@ -483,3 +483,12 @@ def test_injected_acceptance_is_labelled_wherever_it_shows(example, tmp_path):
     twin, html = build(example, tmp_path / "out")
     assert twin["variants"][0]["speculation"]["synthetic"] is True
     assert body_text(html).count("SYNTHETIC") >= 5  # headline, flag, label, and each of its two tables
+
+
+def test_means_over_tasks_stand_in_the_verdict_and_in_a_table(built):
+    twin, page = built
+    (mean,) = twin["variants"][0]["means"]
+    assert mean["family"] == "offline" and mean["tasks"] == ["mmlu_dev", "hellaswag_100", "truthfulqa_mc1_100"]
+    text = body_text(page)
+    assert f"Mean over 3 offline tasks: {points(mean['difference'])} points" in text
+    assert text.count(percent(mean["retention"])) >= 2 and "without logiqa, squad, ifeval" in text

@@ -200,9 +200,12 @@ def test_verdicts_of_the_judge_are_counted_in_the_bars(twin):
 
 
 def test_categories_that_one_model_lacks_have_no_mark_of_it(twin):
-    twin["variants"][0]["benchmark"]["judge"]["mt_bench"]["by_category"] = {"coding": 3.0}
+    twin["variants"][0]["benchmark"]["judge"]["mt_bench"] |= {
+        "by_category": {"coding": 3.0},
+        "category_n": {"coding": 6},
+    }
     assert judge.categories(twin) == ["writing", "math", "coding"]
-    assert [note for note in notes(judge.by_category(twin)) if note.startswith("half")] == ["half, coding: 3.00"]
+    assert [note for note in notes(judge.by_category(twin)) if note.startswith("half")] == ["half, coding: 3.00, n=6"]
 
 
 def test_curves_say_what_they_cost(twin):

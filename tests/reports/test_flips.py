@@ -29,6 +29,7 @@ def test_only_changed_answers_are_flips_and_the_worst_come_first():
         "metric": "acc",
         "item": "a",
         "model": "half",
+        "prompt": "",
         "baseline_score": 1.0,
         "score": 0.0,
         "harm": 1.0,
@@ -40,6 +41,15 @@ def test_only_changed_answers_are_flips_and_the_worst_come_first():
 
 def test_scores_without_an_answer_are_no_flips():
     assert flips(table({"a": (2.0, "")}), table({"a": (3.0, "")}), [line()], "half") == []
+
+
+def test_a_flip_says_what_was_asked():
+    """Rows have the prompt of an item once, beside any of its metrics."""
+    asked = table({"a": (1, "yes"), "b": (0, "no")}).assign(prompt=["", "Why b?"])
+    asked = pd.concat([asked, table({"a": (1, "")}, metric="other").assign(prompt="Why a?")])
+    (found,) = flips(asked, table({"a": (0, "nay"), "b": (0, "no")}), [line()], "half")
+    assert found["prompt"] == "Why a?"
+    assert shown([found])[0]["prompt"] == "Why a?"
 
 
 def test_a_judged_answer_is_the_model_s_and_not_the_judge_s():
@@ -73,7 +83,8 @@ def test_both_answers_can_be_read_back_from_the_words():
 
 def test_a_page_shows_the_worst_of_each_group_in_turn_and_long_answers_cut():
     changed = [
-        {"model": m, "benchmark": b, "item": str(i), "harm": 1.0, "baseline_answer": "x " * CHARACTERS, "answer": "y"}
+        {"model": m, "benchmark": b, "item": str(i), "harm": 1.0, "prompt": "", "baseline_answer": "x " * CHARACTERS}
+        | {"answer": "y"}
         for m in ("half", "quarter")
         for b in ("t", "u")
         for i in range(50)
