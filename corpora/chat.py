@@ -37,7 +37,8 @@ def render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool 
     """The text that the tokenizer's template makes of the messages."""
     if not tokenizer.chat_template:
         raise ChatTemplateError(
-            "the tokenizer has no chat template; put a chat_template.jinja into the teacher's folder"
+            "the tokenizer has no chat template; put a chat_template.jinja into the teacher's folder, or name one by "
+            "teacher.chat_template"
         )
     return tokenizer.apply_chat_template(
         [dict(m) for m in messages], tokenize=False, add_generation_prompt=generation_prompt
@@ -137,7 +138,7 @@ class Template:
         if not text.startswith(prefix):
             raise ChatTemplateError(
                 f"conversation {name}: the chat template renders the first {len(messages)} messages otherwise when "
-                "more follow; a template is needed that only appends"
+                "more follow; a template is needed that only appends: name one by teacher.chat_template"
             )
         return prefix
 

@@ -4,6 +4,7 @@ from hybrid.checkpoint import load_pretrained, save_pretrained
 from hybrid.config import HybridConfig, UnsupportedModel
 from hybrid.layers import attention_layers
 from hybrid.model import HybridForCausalLM
+from hybrid.registration import register
 
 __all__ = [
     "HybridConfig",
@@ -13,3 +14,5 @@ __all__ = [
     "load_pretrained",
     "save_pretrained",
 ]
+
+register()

@@ -1,9 +1,9 @@
-"""Llama's grouped-query attention with rotary positions, as transformers computes it."""
+"""Grouped-query attention with rotary positions, as transformers computes it for the families of teachers."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -66,15 +66,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """q_proj, k_proj, v_proj, o_proj of one layer; weights named as in transformers."""
+    """q_proj, k_proj, v_proj, o_proj of one layer and, where the family has them, q_norm and k_norm; weights named as
+    in transformers. is_rotary: whether queries and keys are rotated by position."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+
+    def __init__(self, config: HybridConfig, is_rotary: bool = True) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_inner, bias=False)
-        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=False)
+        self.sliding_window, self.is_rotary = config.sliding_window, is_rotary
+        bias, kv_width = config.attention_bias, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_inner, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=bias)
         self.o_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -93,8 +101,11 @@ class Attention(nn.Module):
         q = self.q_proj(hidden).view(batch, length, self.n_heads, self.head_dim).transpose(1, 2)  # (B, H, L, P)
         k = self.k_proj(hidden).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(hidden).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        cos, sin = (table.to(q.dtype) for table in rope)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast norms give float32
+        if self.is_rotary:
+            cos, sin = (table.to(q.dtype) for table in rope)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if mask is not None and not isinstance(mask, Tensor):
             from hybrid import block_mask
 
@@ -115,10 +126,25 @@ class Attention(nn.Module):
 
     def decode(self, x: Tensor, norm: RMSNorm, cache: KVCache, step: DecodeStep) -> Tensor:
         """x + attention(norm(x)) for a window of tokens over the cache; x (B·T, d_model)."""
-        weight = joined(self.q_proj, self.k_proj, self.v_proj)
-        qkv = dispatch.norm_linear(x, norm.weight, norm.eps, weight).view(step.batch, step.length, -1)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weight = joined(*(p.weight for p in projections))
+        bias = None if self.q_proj.bias is None else joined(*(p.bias for p in projections))
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.q_norm.eps}
+        qkv = dispatch.norm_linear(x, norm.weight, norm.eps, weight, bias).view(step.batch, step.length, -1)
         q = dispatch.rope_append(
-            qkv, cache.k, cache.v, *step.rope, step.cursors.lengths, step.slots, self.n_heads, step.offset
+            qkv,
+            cache.k,
+            cache.v,
+            *(step.rope if self.is_rotary else (None, None)),
+            step.cursors.lengths,
+            step.slots,
+            self.n_heads,
+            step.offset,
+            **norms,
         )
-        out = dispatch.decode_attention(q, cache.k, cache.v, step.cursors.lengths, step.slots, step.offset)
+        out = dispatch.decode_attention(
+            q, cache.k, cache.v, step.cursors.lengths, step.slots, step.offset, sliding_window=self.sliding_window
+        )
         return dispatch.linear_add(out.reshape(x.shape[0], -1), self.o_proj.weight, x)

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
-def document_block_mask(seq_idx: Tensor) -> BlockMask:
-    """Causal within the documents of packed rows; seq_idx (B, L)."""
+def document_block_mask(seq_idx: Tensor, sliding_window: int | None = None) -> BlockMask:
+    """Causal within the documents of packed rows and the last `sliding_window` tokens; seq_idx (B, L)."""
 
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (q >= kv) & (seq_idx[b, q] == seq_idx[b, kv])
+        seen = (q >= kv) & (seq_idx[b, q] == seq_idx[b, kv])
+        return seen if sliding_window is None else seen & (q - kv < sliding_window)
 
     batch, length = seq_idx.shape
     return _create_block_mask(visible, batch, None, length, length, device=seq_idx.device)

@@ -147,8 +147,8 @@ class HybridCache:
                 torch.zeros(state_shape(config) if mamba1 else config.n_heads, device=device),
             )
             if window > 1:
-                cache.ring_x = zeros(self.ring, config.groups, config.head_dim, dtype=inputs)
-                cache.ring_B = zeros(self.ring, config.groups, config.head_dim, dtype=inputs)
+                cache.ring_x = zeros(self.ring, config.scan_groups, config.head_dim, dtype=inputs)
+                cache.ring_B = zeros(self.ring, config.scan_groups, config.head_dim, dtype=inputs)
                 times = (self.ring, config.d_inner) if mamba1 else (config.n_heads, self.ring)
                 cache.ring_dt = zeros(*times, dtype=torch.float32)
             self.layers.append(cache)

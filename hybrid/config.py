@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-MODEL_TYPE = "hybrid_mamba_llama"
-ROPE_TYPES = ("default", "llama3", "linear")
+from hybrid.families import MODEL_TYPE, UnsupportedModel, settings
+
 Mixer = Literal["mamba2", "mamba1"]
-
-
-class UnsupportedModel(ValueError):
-    """A checkpoint of an architecture that is not implemented."""
+GQAMapping = Literal["heads", "legacy"]
 
 
 @dataclass(frozen=True)
 class HybridConfig:
-    """Shapes of the model; names as in transformers' LlamaConfig and in mamba-ssm.
+    """Shapes of the model; names as in transformers' configurations and in mamba-ssm.
 
     The mixer of a replaced layer has d_inner = n_heads·head_dim, `groups` groups of x and B and n_heads heads of C.
     Mamba-2 has headdim = d_state = head_dim; Mamba-1 cuts B and C of a head into pieces of d_state channels.
@@ -56,6 +54,20 @@ class HybridConfig:
     """Mamba-2 only: B and C are rotated by position as keys and queries are, so that C_t·B_s depends on t − s."""
     dt_rank: int | None = None
     """Mamba-1 only: width of the projection that dt comes from; None is ceil(d_model / 16)."""
+    gqa_mapping: GQAMapping = "heads"
+    """Mamba-1 only: which x and B a head reads. `heads`: those of its group, as in attention. `legacy`: as the released
+    checkpoints of 2408.15237, which repeat pieces of d_state channels instead of heads: with R = n_heads / n_kv_heads,
+    piece i of all heads reads piece i // R of x and B; x is convolved only then, each head by its own weights."""
+    family: str = "llama"
+    """The teacher's, as transformers' model_type; see `hybrid.families`."""
+    attention_bias: bool = False
+    """Biases of q_proj, k_proj and v_proj, not of o_proj."""
+    qk_norm: bool = False
+    """RMSNorm over the head_dim numbers of each query and key, before they are rotated."""
+    sliding_window: int | None = None
+    """Tokens that attention sees, the token itself among them; None is all."""
+    no_rope_layers: tuple[int, ...] = ()
+    """Layers whose queries and keys, or whose mixer's C and B, are not rotated by position."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -68,12 +80,24 @@ class HybridConfig:
         wrong = [i for i in self.attention_layers if not 0 <= i < self.n_layers]
         if wrong:
             raise ValueError(f"attention_layers {wrong} do not exist; the model has layers 0 to {self.n_layers - 1}")
+        wrong = [i for i in self.no_rope_layers if not 0 <= i < self.n_layers]
+        if wrong:
+            raise ValueError(f"no_rope_layers {wrong} do not exist; the model has layers 0 to {self.n_layers - 1}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be >= 1, or None for all tokens, got {self.sliding_window}")
         if self.mixer not in get_args(Mixer):
             raise UnsupportedModel(f"mixer {self.mixer!r} is not supported; supported: {', '.join(get_args(Mixer))}")
         if self.mixer == "mamba2" and self.d_state not in (None, self.head_dim):
             raise ValueError(f"d_state {self.d_state} of a mamba2 mixer must be head_dim {self.head_dim}; leave it out")
         if self.mixer == "mamba2" and self.dt_rank is not None:
             raise ValueError(f"dt_rank {self.dt_rank} belongs to mamba1; the mixer is mamba2: leave it out")
+        if self.gqa_mapping not in get_args(GQAMapping):
+            raise ValueError(f"gqa_mapping must be one of {', '.join(get_args(GQAMapping))}, got {self.gqa_mapping!r}")
+        if self.gqa_mapping == "legacy" and (self.mixer != "mamba1" or self.ngroups is not None):
+            raise ValueError(
+                f"gqa_mapping 'legacy' belongs to mamba1 without ngroups; the mixer is {self.mixer}, ngroups "
+                f"{self.ngroups}: leave gqa_mapping out"
+            )
         if self.mixer != "mamba2" and self.mixer_rope:
             raise ValueError(f"mixer_rope belongs to mamba2; the mixer is {self.mixer}: leave it out")
         if self.state_size < 1 or self.head_dim % self.state_size:
@@ -102,9 +126,14 @@ class HybridConfig:
         return self.groups * self.head_dim
 
     @property
+    def scan_groups(self) -> int:
+        """Groups of x and B that the scan and its caches see: under `legacy` every head has its own."""
+        return self.n_heads if self.gqa_mapping == "legacy" else self.groups
+
+    @property
     def conv_channels(self) -> int:
-        """Mamba-2 convolves x, B and C; Mamba-1 only x, before the heads of a group share it."""
-        return self.d_xb if self.mixer == "mamba1" else 2 * self.d_xb + self.d_inner
+        """Mamba-2 convolves x, B and C; Mamba-1 only x, before the heads of a group share it, but see gqa_mapping."""
+        return self.scan_groups * self.head_dim if self.mixer == "mamba1" else 2 * self.d_xb + self.d_inner
 
     @property
     def state_size(self) -> int:
@@ -120,61 +149,40 @@ class HybridConfig:
             return self.n_heads
         return math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
 
+    def of_layer(self, layer: int) -> HybridConfig:
+        """What the mixer of that layer is made of: as the model's, but not rotary where the teacher's attention is
+        not."""
+        return replace(self, mixer_rope=False) if self.mixer_rope and layer in self.no_rope_layers else self
+
+    def of_layers(self, layers: Sequence[int]) -> HybridConfig:
+        """A model of these layers of this one, numbered anew."""
+
+        def among(old: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(new for new, layer in enumerate(layers) if layer in old)
+
+        return replace(
+            self,
+            n_layers=len(layers),
+            attention_layers=among(self.attention_layers),
+            no_rope_layers=among(self.no_rope_layers),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": MODEL_TYPE, "architectures": ["HybridForCausalLM"], **asdict(self)}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> HybridConfig:
-        """From this project's config.json or from a transformers Llama one; anything else is refused by name."""
+        """From this project's config.json or from transformers' of a family that is supported (`hybrid.families`).
+
+        Raises UnsupportedModel for any other.
+        """
         if raw.get("model_type") == MODEL_TYPE:
             known = {f.name for f in fields(cls)}
             values: dict[str, Any] = {k: v for k, v in raw.items() if k in known}
             values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
             return cls(**values)
-        return cls._from_llama(raw)
+        return cls(**settings(raw))
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> HybridConfig:
         return cls.from_dict(json.loads((Path(folder) / "config.json").read_text()))
-
-    @classmethod
-    def _from_llama(cls, raw: dict[str, Any]) -> HybridConfig:
-        if raw.get("model_type") != "llama":
-            raise UnsupportedModel(
-                f"model_type {raw.get('model_type')!r} is not supported; "
-                f"supported: 'llama' and this project's {MODEL_TYPE!r}"
-            )
-        for flag in ("attention_bias", "mlp_bias"):
-            if raw.get(flag):
-                raise UnsupportedModel(f"a Llama with {flag}=true is not supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModel(f"hidden_act {raw['hidden_act']!r} is not supported; supported: 'silu'")
-        eos = raw.get("eos_token_id")
-        n_heads = raw["num_attention_heads"]
-        return cls(
-            vocab_size=raw["vocab_size"],
-            d_model=raw["hidden_size"],
-            n_layers=raw["num_hidden_layers"],
-            n_heads=n_heads,
-            n_kv_heads=raw.get("num_key_value_heads") or n_heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // n_heads,
-            intermediate_size=raw["intermediate_size"],
-            max_position_embeddings=raw["max_position_embeddings"],
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope=_rope(raw),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            pad_token_id=raw.get("pad_token_id"),
-            attention_layers=tuple(range(raw["num_hidden_layers"])),
-        )
-
-
-def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """One dictionary from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise UnsupportedModel(f"rope_type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    return rope

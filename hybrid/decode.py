@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid.cache import Cursors
 
@@ -28,13 +28,13 @@ class DecodeStep:
     rope: tuple[Tensor, Tensor]
 
 
-def joined(*projections: nn.Linear) -> Tensor:
-    """One weight (Σ out, in) for projections of the same input, so that they are one matrix product.
+def joined(*weights: Tensor) -> Tensor:
+    """One weight (Σ out, in) of those of projections of the same input, so that they are one matrix product; or one
+    bias (Σ out,).
 
     Nothing is held twice: the projections' own weights become views of it, in place, which training and saving do not
     notice. Made once; afterwards found again by address.
     """
-    weights = [p.weight for p in projections]
     first, rows = weights[0], sum(w.shape[0] for w in weights)
     expected = first.data_ptr()
     for weight in weights:
@@ -44,7 +44,7 @@ def joined(*projections: nn.Linear) -> Tensor:
     else:
         storage = first.untyped_storage()
         if all(w.untyped_storage().data_ptr() == storage.data_ptr() for w in weights):
-            return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+            return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
     whole = torch.cat([w.detach() for w in weights])
     for weight, part in zip(weights, whole.split([w.shape[0] for w in weights]), strict=True):
         weight.data = part

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,8 @@ PREFILL_TOKENS = 65536
 POLL_ROUNDS = {"cuda": 16}
 """Rounds between looks at whether all rows have ended, by device type: each look waits for the device. Elsewhere 1."""
 
-Callback = Callable[[Tensor], None]
+Callback = Callable[[Tensor], Collection[int] | None]
+"""Takes what a round added, (B, K + 1) int32 padded with −1; gives rows that are to end here, if any."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,8 @@ class DecodeEngine:
             raise ValueError(f"injected acceptance must be between 0 and 1, got {injected}")
         self.model, self.draft, self.k = model, draft, k
         self.batch, self.max_length = batch, max_length
-        self.sampling = sampling or Sampling()
         self.device = model.device
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
-        # Sampling searches the vocabulary several times, and what rounding does to a draw is nothing to a distribution.
-        self.logits_dtype = torch.float32 if self.sampling.greedy else model.dtype
         window = k + 1
         # The last window of a row may reach past the row's end; what it reads there is never kept.
         self.cache = model.new_cache(batch, max_length + window, window=window, ring=ring, state_dtype=state_dtype)
@@ -137,33 +135,49 @@ class DecodeEngine:
         self._addresses: list[int] = []
         self._q: Tensor | None = None
         self._logits = torch.empty(0)
+        self._choose(sampling or Sampling())
         if draft is not None:
             draft.allocate(self)
+
+    def _choose(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        # Sampling searches the vocabulary several times, and what rounding does to a draw is nothing to a distribution.
+        self.logits_dtype = torch.float32 if sampling.greedy else self.model.dtype
+        self._graph = None  # its temperature is a constant
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, seed: int = 0, callback: Callback | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        callback: Callback | None = None,
     ) -> Generated:
-        """Replies of at most max_new_tokens tokens to at most `batch` prompts.
+        """Replies of at most max_new_tokens tokens, one number or one for each, to at most `batch` prompts.
 
-        Greedy replies do not depend on the rest of the batch nor, up to rounding, on the draft. callback gets what each
-        round added, (B, K + 1) int32 padded with −1, and makes every round wait for the device.
+        Greedy replies do not depend on the rest of the batch nor, up to rounding, on the draft. sampling: from this
+        call on, None as before; another one is captured anew on CUDA. callback gets what each round added, (B, K + 1)
+        int32 padded with −1, gives rows that are to end with what they have, and makes every round wait for the device.
         Raises ValueError for prompts that do not fit, and for empty ones.
         """
-        self.check(prompts, max_new_tokens)
+        limits = self.check(prompts, max_new_tokens)
+        if sampling is not None and sampling != self.sampling:
+            self._choose(sampling)
         self._warm_up()
         started = self._now()
         self._start(prompts, max_new_tokens)
         self.random.manual_seed(seed)
         prefilled = self._now()
         every = 1 if callback is not None else POLL_ROUNDS.get(self.device.type, 1)
-        for done in range(1, max_new_tokens + 1):
+        for done in range(1, max(limits) + 1):
             self.round()
-            if callback is not None:
-                callback(self.emitted[: len(prompts)].clone())
+            if callback is not None and (ended := callback(self.emitted[: len(prompts)].clone())):
+                self.slots[list(ended)] = -1
             if done % every == 0 and bool((self.slots < 0).all()):
                 break
         finished = self._now()
@@ -172,20 +186,24 @@ class DecodeEngine:
         replies = [text[row][len(p) : lengths[row] + 1] for row, p in enumerate(prompts)]
         return Generated(replies, self._stats(replies), prefilled - started, finished - prefilled)
 
-    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        """Raise ValueError if these prompts cannot be decoded with this engine."""
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> list[int]:
+        """max_new_tokens of each prompt; ValueError if these prompts cannot be decoded with this engine."""
         if not prompts or any(not len(p) for p in prompts):
             raise ValueError("every prompt needs at least one token")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if len(limits) != len(prompts) or min(limits) < 1:
+            raise ValueError(
+                f"max_new_tokens must be at least 1, one number or one for each prompt, got {max_new_tokens}"
+            )
         if len(prompts) > self.batch:
             raise ValueError(f"{len(prompts)} prompts, but the engine has {self.batch} slots: raise `batch`")
-        longest = max(len(p) for p in prompts)
-        if longest + max_new_tokens > self.max_length:
+        needed, asked, length = max((len(p) + n, n, len(p)) for p, n in zip(prompts, limits, strict=True))
+        if needed > self.max_length:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need a cache of "
-                f"{longest + max_new_tokens} tokens, but the engine has {self.max_length}: raise `max_length`"
+                f"a prompt of {length} tokens and max_new_tokens {asked} need a cache of "
+                f"{needed} tokens, but the engine has {self.max_length}: raise `max_length`"
             )
+        return limits
 
     def round(self) -> None:
         """One round for all rows that have not ended. Does not wait for the device."""
@@ -261,13 +279,13 @@ class DecodeEngine:
             self._graph = _captured(self._round)
             self._addresses = [p.data_ptr() for model in models for p in model.parameters()]
 
-    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> None:
         """Read all prompts but their last tokens, which the first round reads."""
         tokens, counts = right_pad(prompts, self.device)
         rows = len(prompts)
         self.text[:rows, : tokens.shape[1]] = tokens
         self.tokens[:rows, 0] = tokens.gather(1, counts[:, None] - 1)[:, 0]
-        self.ends[:rows] = counts + max_new_tokens
+        self.ends[:rows] = counts + torch.tensor(max_new_tokens, device=self.device)
         for tally in (self.rounds, self.proposed, self.accepted):
             tally.zero_()
         for cache, model in self._readers():

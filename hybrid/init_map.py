@@ -12,25 +12,26 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hybrid.attention import Attention
-from hybrid.config import HybridConfig
+from hybrid.config import GQAMapping, HybridConfig, Mixer
 from hybrid.mamba2 import Mamba2Mixer
-from hybrid.model import HybridForCausalLM
+from hybrid.mixer import MambaMixer
+from hybrid.model import MIXERS, Block, HybridForCausalLM
+from hybrid.rms_norm import RMSNorm
 
 Method = Literal["paper", "copy"]
 
 
 def in_proj_rows(config: HybridConfig) -> dict[str, slice]:
-    """Rows of a mixer's in_proj by what they produce: z, x, B, C, dt."""
+    """Rows of a mixer's in_proj by what they produce: z, x, B, C, dt; with Mamba-1 the last are what dt_proj reads."""
     rows, start = {}, 0
     for name, size in (
         ("z", config.d_inner),
         ("x", config.d_xb),
         ("B", config.d_xb),
         ("C", config.d_inner),
-        ("dt", config.n_heads),
+        ("dt", config.dt_size),
     ):
         rows[name] = slice(start, start + size)
         start += size
@@ -42,6 +43,9 @@ def from_attention(
     attention_layers: tuple[int, ...],
     method: Method = "copy",
     *,
+    mixer: Mixer = "mamba2",
+    gqa_mapping: GQAMapping = "heads",
+    d_state: int | None = None,
     gate_bias: float = 3.0,
     gate_scale: float = 0.1,
     a_min: float = 8.0,
@@ -49,19 +53,24 @@ def from_attention(
     rope: bool = False,
     ngroups: int | None = None,
     seed: int = 0,
+    share: bool = False,
 ) -> HybridForCausalLM:
-    """A student with mixers in all layers but `attention_layers`; shares no tensor with `base`.
+    """A student with mixers in all layers but `attention_layers`; shares no tensor with `base` unless `share`.
 
     base: the teacher, or a student that keeps more attention: its mixers and all else stay as they were trained, and
     new mixers are made of its own attention, as the released code does from one ratio to the next (there embeddings,
     final norm and head fall back to the teacher's). Raises ValueError if `base` lacks attention that is to be kept, or
     if its mixers were made by a method of another form.
 
-    `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU on x, B, C, A ~ U(1, 16), as the released
-    code. `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times
-    gate_scale, A spread geometrically over [a_min, a_max]. In both dt_bias puts dt log-uniform in [1e-3, 0.1]. Mixers
-    are float32. rope: their B and C are rotated by position, as the k and q that they come from. ngroups: groups of x
-    and B, as `HybridConfig`'s; more than attention has begin as copies.
+    `paper`: convolution, gate and dt weights as PyTorch draws them, SiLU after the convolution, A ~ U(1, 16), as the
+    released code. `copy`: identity convolution without SiLU, gate held open by silu(z + gate_bias) with z weights times
+    gate_scale, A spread geometrically over [a_min, a_max]. In both, Mamba-1 mixers have A = 1 … N and dt_proj as
+    `Mamba1Mixer` begins with them, dt_bias puts dt log-uniform in [1e-3, 0.1] by head (Mamba-1: by channel), biases
+    of q, k and v become in_proj's, and norms of q and k are folded into the rows that are made of them. Mixers are
+    float32. mixer, gqa_mapping, d_state and ngroups are `HybridConfig`'s; more groups than attention has begin as
+    copies. rope: B and C of the mixers are rotated by position, as the k and q that they come from. share: what is
+    carried over is base's own tensors, for a student that is saved or scored beside it but not trained: memory then
+    holds the weights once.
     """
     missing = sorted(set(attention_layers) - set(base.config.attention_layers))
     if missing:
@@ -73,29 +82,34 @@ def from_attention(
         base.config,
         attention_layers=tuple(attention_layers),
         conv_silu=method == "paper",
-        proj_bias=method != "paper",
+        proj_bias=method != "paper" or base.config.attention_bias,
+        mixer=mixer,
+        gqa_mapping=gqa_mapping,
+        d_state=d_state,
         mixer_rope=rope,
         ngroups=ngroups,
     )
     if base.config.mamba_layers and replace(config, attention_layers=base.config.attention_layers) != base.config:
         raise ValueError(
-            f"method {method!r}, rope {str(rope).lower()} and ngroups {config.groups} make mixers of another form than "
-            "those that are carried over: variants that continue from one another need one "
-            "init_from_attention.method, `paper` or another, one init_from_attention.rope and one "
-            "init_from_attention.ngroups"
+            f"method {method!r}, rope {str(rope).lower()} and ngroups {config.groups} with {mixer} (gqa_mapping "
+            f"{gqa_mapping!r}, d_state {config.state_size}) make mixers of another form than those that are carried "
+            "over: variants that continue from one another need one init_from_attention.method, `paper` or another, "
+            "and the same mixer, gqa_mapping, d_state, rope and ngroups in it"
         )
     with torch.device("meta"):
         student = HybridForCausalLM(config)
-    shared = {name: p.detach().clone() for name, p in base.named_parameters()}
     names = {name for name, _ in student.named_parameters()}
-    student.load_state_dict({n: p for n, p in shared.items() if n in names}, strict=False, assign=True)
+    carried: dict[str, Tensor] = {n: p.detach() for n, p in base.named_parameters() if n in names}
+    if not share:
+        carried = {name: p.clone() for name, p in carried.items()}
+    student.load_state_dict(carried, strict=False, assign=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in new_mixers(base, student):
-            mixer = Mamba2Mixer(config)
-            _init_new_parts(mixer, config, method, gate_bias, gate_scale, a_min, a_max)
-            copy_projections(base.blocks[layer].self_attn, mixer)
-            student.blocks[layer].mamba = mixer.to(base.device)
+            made = MIXERS[mixer](config.of_layer(layer))
+            _init_new_parts(made, config, method, gate_bias, gate_scale, a_min, a_max)
+            copy_projections(base.blocks[layer], made)
+            student.blocks[layer].mamba = made.to(base.device)
     student.inv_freq = base.inv_freq.clone()
     verify(base, student)
     return student.requires_grad_(False).eval()
@@ -107,24 +121,48 @@ def new_mixers(base: HybridForCausalLM, student: HybridForCausalLM) -> tuple[int
 
 
 @torch.no_grad()
-def copy_projections(attention: Attention, mixer: Mamba2Mixer) -> None:
-    for _, source, target in _map(attention, mixer):
+def copy_projections(block: Block, mixer: MambaMixer) -> None:
+    for _, source, target in _map(block, mixer):
         target.copy_(source)
 
 
-def _map(attention: Attention, mixer: Mamba2Mixer) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(projection, its weights as the mixer has them, the mixer's own); k and v once for each group that is made of
-    them."""
-    config, rows, weight = mixer.config, in_proj_rows(mixer.config), mixer.in_proj.weight
+def _map(block: Block, mixer: MambaMixer) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(projection, its weights or bias as the mixer has them, the mixer's own); k and v once for each group that is
+    made of them."""
+    config, rows, attention = mixer.config, in_proj_rows(mixer.config), block.self_attn
+    gain = block.input_layernorm.weight
 
     def grouped(projection: Tensor) -> Tensor:
         heads = projection.unflatten(0, (config.n_kv_heads, config.head_dim))
         return heads.repeat_interleave(config.groups // config.n_kv_heads, dim=0).flatten(0, 1)
 
-    yield "q_proj", attention.q_proj.weight, weight[rows["C"]]
-    yield "k_proj", grouped(attention.k_proj.weight), weight[rows["B"]]
-    yield "v_proj", grouped(attention.v_proj.weight), weight[rows["x"]]
+    for name, projection, norm, part in (
+        ("q_proj", attention.q_proj, attention.q_norm, "C"),
+        ("k_proj", attention.k_proj, attention.k_norm, "B"),
+        ("v_proj", attention.v_proj, None, "x"),
+    ):
+        weight: Tensor = projection.weight
+        bias: Tensor | None = projection.bias
+        if norm is not None:
+            scale = _folded_norm(projection, norm, gain)
+            weight, bias = weight * scale[:, None], None if bias is None else bias * scale
+        yield name, weight if part == "C" else grouped(weight), mixer.in_proj.weight[rows[part]]
+        if bias is not None:
+            yield f"{name}.bias", bias if part == "C" else grouped(bias), mixer.in_proj.bias[rows[part]]
     yield "o_proj", attention.o_proj.weight, mixer.out_proj.weight
+
+
+def _folded_norm(projection: nn.Linear, norm: RMSNorm, gain: Tensor) -> Tensor:
+    """Factor of each row of a projection that stands for the RMSNorm of its heads, which mixers have not.
+
+    The norm's own gain divided by the RMS that a head has on average, √(mean over its rows of ‖w · gain‖² + bias²), for
+    inputs as the norm before the block gives them, gain times uncorrelated numbers of RMS 1. (H·P,) float32.
+    """
+    power = (projection.weight.float() * gain.float()).pow(2).sum(1)
+    if projection.bias is not None:
+        power = power + projection.bias.float().pow(2)
+    heads = power.unflatten(0, (-1, len(norm.weight)))
+    return (norm.weight.float() * torch.rsqrt(heads.mean(1, keepdim=True) + norm.eps)).flatten()
 
 
 @torch.no_grad()
@@ -139,9 +177,7 @@ def verify(base: HybridForCausalLM, student: HybridForCausalLM) -> None:
     """Raises RuntimeError unless every copied weight equals its source: a silent miss has cost others whole runs."""
     made = new_mixers(base, student)
     for layer in made:
-        mixer = student.blocks[layer].mamba
-        assert isinstance(mixer, Mamba2Mixer)
-        for name, source, copied in _map(base.blocks[layer].self_attn, mixer):
+        for name, source, copied in _map(base.blocks[layer], student.blocks[layer].mamba):
             if not torch.equal(source.to(copied), copied):
                 raise RuntimeError(f"layer {layer}: the mixer's weights differ from the {name} they were copied from")
     theirs = dict(base.named_parameters())
@@ -153,7 +189,7 @@ def verify(base: HybridForCausalLM, student: HybridForCausalLM) -> None:
 
 @torch.no_grad()
 def _init_new_parts(
-    mixer: Mamba2Mixer,
+    mixer: MambaMixer,
     config: HybridConfig,
     method: Method,
     gate_bias: float,
@@ -162,15 +198,19 @@ def _init_new_parts(
     a_max: float,
 ) -> None:
     heads = config.n_heads
-    dt = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3)).clamp(min=1e-4)
-    mixer.dt_bias.copy_(inverse_softplus(dt))
+    if config.proj_bias:
+        mixer.in_proj.bias.zero_()
+    if isinstance(mixer, Mamba2Mixer):  # the other is made with steps and decays as in mamba-ssm
+        dt = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3)).clamp(min=1e-4)
+        mixer.dt_bias.copy_(inverse_softplus(dt))
+        if method == "paper":
+            mixer.A_log.copy_(torch.log(torch.empty(heads).uniform_(1, 16)))
+        else:
+            mixer.A_log.copy_(torch.linspace(math.log(a_min), math.log(a_max), heads))
     if method == "paper":
-        mixer.A_log.copy_(torch.log(torch.empty(heads).uniform_(1, 16)))
         return
     rows = in_proj_rows(config)
-    mixer.A_log.copy_(torch.linspace(math.log(a_min), math.log(a_max), heads))
     mixer.in_proj.weight[rows["z"]] *= gate_scale
-    mixer.in_proj.bias.zero_()
     mixer.in_proj.bias[rows["z"]] = gate_bias
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0

@@ -15,14 +15,14 @@ from hybrid.decode import DecodeStep
 from hybrid.mixer import MambaMixer
 from hybrid.rms_norm import RMSNorm
 from kernels_ext import dispatch
-from kernels_ext.selective_scan.reference import selective_scan
 
 
 class Mamba1Mixer(MambaMixer):
     """in_proj rows are z (d_inner), x (d_xb), B (d_xb), C (d_inner) and what dt_proj makes dt from (dt_rank).
 
     A_log (d_inner, N), dt_bias and D (d_inner,) are float32 whatever the other weights are. The convolution is of x
-    alone, before the heads of a group share it, and the gate is y · silu(z) without a norm, as in the paper's code.
+    alone, before the heads of a group share it, and the gate is y · silu(z) without a norm, as in the paper's code; how
+    heads share x and B is `HybridConfig.gqa_mapping`.
     A and D start as in mamba-ssm: A = −1 … −N in every channel, dt log-uniform in [1e-3, 0.1] at a zero input.
     """
 
@@ -45,15 +45,17 @@ class Mamba1Mixer(MambaMixer):
         span: Span | None = None,
     ) -> Tensor:
         z, x, B, C, dt = self.project(hidden)
+        x, B = self._shared(x), self._shared(B)
         dt = softplus(self.dt_proj(dt).float() + self.dt_bias)  # (B, L, D)
         x, B, C = self._split(self.convolve(x, seq_idx, cache, span), B, C)
-        y = self.scan(selective_scan, (x, dt, B, C), seq_idx, cache, span)
+        y = self.scan(dispatch.selective_scan(x.device.type), (x, dt, B, C), seq_idx, cache, span)
         return y.flatten(-2) * silu(z)
 
     def decode(self, x: Tensor, norm: RMSNorm, cache: SSMCache, step: DecodeStep) -> Tensor:
         """x + mixer(norm(x)) for a window of tokens over the cache; x (B·T, d_model)."""
         cursors = step.cursors
         own, (z, x_in, B, C, dt) = self.enter(x, norm, step)
+        x_in, B = self._shared(x_in), self._shared(B)
         dt = softplus(linear(dt, self.dt_proj.weight).float() + self.dt_bias)  # (B, T, D)
         convolved, _ = dispatch.conv_ring_update(
             x_in,
@@ -98,12 +100,18 @@ class Mamba1Mixer(MambaMixer):
             cache.state, cache.ring_x, cache.ring_B, cache.ring_dt, cache.A, cursors.lengths, cursors.folded, slots
         )
 
+    def _shared(self, projected: Tensor) -> Tensor:
+        """x or B (B, L, d_xb) as the scan's groups have it, (B, L, scan_groups·P): the same but under `legacy`."""
+        ratio = self.config.scan_groups // self.config.groups
+        pieces = projected.unflatten(-1, (-1, self.config.state_size))
+        return projected if ratio == 1 else pieces.repeat_interleave(ratio, dim=-2).flatten(-2)
+
     def _split(self, x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, G, P), (B, L, G, J, N), (B, L, H, J, N): by group or head, B and C by pieces of N of its channels."""
         config = self.config
         pieces = (config.head_dim // config.state_size, config.state_size)
         return (
-            x.unflatten(-1, (config.groups, config.head_dim)),
-            B.unflatten(-1, (config.groups, *pieces)),
+            x.unflatten(-1, (config.scan_groups, config.head_dim)),
+            B.unflatten(-1, (config.scan_groups, *pieces)),
             C.unflatten(-1, (config.n_heads, *pieces)),
         )

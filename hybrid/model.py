@@ -43,7 +43,7 @@ class MLP(nn.Module):
 
     def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x + mlp(norm(x)) for a few tokens (M, d_model)."""
-        gate_up = joined(self.gate_proj, self.up_proj)
+        gate_up = joined(self.gate_proj.weight, self.up_proj.weight)
         return dispatch.linear_add(dispatch.norm_swiglu(x, norm.weight, norm.eps, gate_up), self.down_proj.weight, x)
 
 
@@ -56,16 +56,16 @@ class Block(nn.Module):
     self_attn: Attention
     mamba: Mamba2Mixer | Mamba1Mixer
 
-    def __init__(self, config: HybridConfig, is_attention: bool) -> None:
+    def __init__(self, config: HybridConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.mlp = MLP(config)
-        if is_attention:
-            self.self_attn = Attention(config)
+        self.is_attention = layer in config.attention_layers
+        if self.is_attention:
+            self.self_attn = Attention(config, is_rotary=layer not in config.no_rope_layers)
         else:
-            self.mamba = MIXERS[config.mixer](config)
-        self.is_attention = is_attention
+            self.mamba = MIXERS[config.mixer](config.of_layer(layer))
 
     def forward(
         self,
@@ -92,9 +92,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
-        attention = set(config.attention_layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, i in attention) for i in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
 
 
@@ -155,7 +154,7 @@ class HybridForCausalLM(nn.Module):
         batch, length = tokens.shape
         span: Span | None = None
         positions = document_positions(seq_idx, batch, length, tokens.device)
-        mask = self._packed_mask(seq_idx)
+        mask = None if cache is not None else self._mask(seq_idx, tokens)
         if cache is not None:
             if seq_idx is not None:
                 raise ValueError("packed rows (seq_idx) cannot be decoded with a cache: give each document its own row")
@@ -163,7 +162,7 @@ class HybridForCausalLM(nn.Module):
                 counts = torch.full((batch,), length, device=tokens.device)
             self.fold(cache)
             span = Span(cache.cursors.lengths.long(), counts.long())
-            mask, positions = _cached_mask(cache, span, length)
+            mask, positions = _cached_mask(cache, span, length, self.config.sliding_window)
         x = self._embedded(tokens)
         rope = rope_tables(self.inv_freq, positions, x.dtype)
         for index, block in enumerate(self.blocks):
@@ -183,7 +182,7 @@ class HybridForCausalLM(nn.Module):
         """
         batch, length = tokens.shape
         positions = document_positions(seq_idx, batch, length, tokens.device)
-        mask, x = self._packed_mask(seq_idx), self._embedded(tokens)
+        mask, x = self._mask(seq_idx, tokens), self._embedded(tokens)
         rope = rope_tables(self.inv_freq, positions, x.dtype)
         seen: dict[int, tuple[Tensor, Tensor]] = {}
         for index, block in enumerate(self.blocks[: max(layers, default=-1) + 1]):
@@ -199,17 +198,23 @@ class HybridForCausalLM(nn.Module):
         device = x.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-    def _packed_mask(self, seq_idx: Tensor | None) -> Mask:
-        """Causal within documents; None (plain causal) for unpacked rows. Compiled blocks take it by blocks, others as
-        (B, 1, L, L)."""
+    def _mask(self, seq_idx: Tensor | None, tokens: Tensor) -> Mask:
+        """Causal within documents and the sliding window; None (plain causal) for unpacked rows that the window holds
+        whole. Compiled blocks take it by blocks, others as (B, 1, L, L)."""
+        window, length = self.config.sliding_window, tokens.shape[1]
+        if window is not None and window >= length:
+            window = None
         if seq_idx is None:
-            return None
+            if window is None:
+                return None
+            seq_idx = torch.zeros_like(tokens)
         if self.blocks_compiled:
             from hybrid import block_mask
 
-            return block_mask.document_block_mask(seq_idx)
+            return block_mask.document_block_mask(seq_idx, window)
         same = seq_idx[:, None, :, None] == seq_idx[:, None, None, :]
-        return same & torch.ones_like(same[0, 0]).tril()
+        visible = torch.ones_like(same[0, 0]).tril()
+        return same & (visible if window is None else visible.triu(1 - window))
 
     def decode(
         self,
@@ -296,13 +301,17 @@ class HybridForCausalLM(nn.Module):
         return cache_bytes(self.config, batch, context, self.dtype.itemsize)
 
 
-def _cached_mask(cache: HybridCache, span: Span, length: int) -> tuple[Tensor | None, Tensor]:
-    """Mask (B, 1, L, S) and positions (B, L) for `length` new tokens per row; no mask if they are the first ones."""
+def _cached_mask(cache: HybridCache, span: Span, length: int, window: int | None) -> tuple[Tensor | None, Tensor]:
+    """Mask (B, 1, L, S) and positions (B, L) for `length` new tokens per row; no mask if they are the first ones and
+    the sliding window holds them all."""
     positions = span.start[:, None] + torch.arange(length, device=span.start.device)  # (B, L)
     width = length if cache.fresh else int(positions.max()) + 1
     if width > cache.max_length:
         raise ValueError(f"cache of {cache.max_length} tokens is full: {width} wanted; raise max_length")
-    if cache.fresh:
+    if cache.fresh and (window is None or window >= length):
         return None, positions
     keys = torch.arange(width, device=positions.device)
-    return (keys <= positions[..., None])[:, None], positions
+    visible = keys <= positions[..., None]  # (B, L, S)
+    if window is not None:
+        visible &= keys > positions[..., None] - window
+    return visible[:, None], positions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -97,9 +96,7 @@ def shape(name: str) -> HybridConfig:
 
 def draft_of(config: HybridConfig) -> HybridConfig:
     """The shape of a draft of the first and the last layer (2408.15237 §5.3 takes [0, 31])."""
-    kept = set(config.attention_layers)
-    layers = (0, config.n_layers - 1)
-    return replace(config, n_layers=2, attention_layers=tuple(new for new, old in enumerate(layers) if old in kept))
+    return config.of_layers((0, config.n_layers - 1))
 
 
 def random_model(config: HybridConfig, device: str, dtype: torch.dtype, seed: int = 0) -> HybridForCausalLM:

@@ -24,7 +24,7 @@ from kernels_ext.linear import reference as linear
 from kernels_ext.rms_norm import reference as rms_norm_reference
 from kernels_ext.rotary import reference as rotary
 from kernels_ext.sampling import reference as sampling
-from kernels_ext.selective_scan import reference as selective_scan
+from kernels_ext.selective_scan import reference as selective
 from kernels_ext.speculation import reference as speculation
 from kernels_ext.ssd import ring_reference as ssd_ring
 from kernels_ext.ssd.reference import CHUNK_SIZE, ssd_chunked
@@ -56,6 +56,7 @@ __all__ = [
     "sample",
     "selective_fold",
     "selective_ring_append",
+    "selective_scan",
     "selective_update",
     "selective_verify",
     "silu_mul",
@@ -130,10 +131,10 @@ silu_mul = _operator(swiglu.silu_mul)
 ssd_update = _operator(ssd_ring.ssd_update)
 ssd_verify = _operator(ssd_ring.ssd_verify)
 ssd_fold = _operator(ssd_ring.ssd_fold)
-selective_ring_append = _operator(selective_scan.selective_ring_append)
-selective_update = _operator(selective_scan.selective_update)
-selective_verify = _operator(selective_scan.selective_verify)
-selective_fold = _operator(selective_scan.selective_fold)
+selective_ring_append = _operator(selective.selective_ring_append)
+selective_update = _operator(selective.selective_update)
+selective_verify = _operator(selective.selective_verify)
+selective_fold = _operator(selective.selective_fold)
 filtered_probabilities = _operator(sampling.filtered_probabilities)
 greedy = _operator(sampling.greedy)
 sample = _operator(sampling.sample)
@@ -214,6 +215,24 @@ def _ssd_on_cuda(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: 
     return scan(x, dt, A, B, C, *args, **kwargs)
 
 
+def selective_scan(device_type: str) -> Callable[..., tuple]:
+    """Mamba-1's scan for a device type: Triton kernels on CUDA for the shapes that they serve, plain PyTorch
+    elsewhere."""
+    return _selective_scan_on_cuda if device_type == "cuda" else selective.selective_scan
+
+
+def _selective_scan_on_cuda(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    if _has_training_kernels():
+        from kernels_ext.selective_scan import scan_kernel
+
+        if scan_kernel.fits(x, B, C):
+            return scan_kernel.selective_scan(x, dt, A, B, C, *args, **kwargs)
+    scan = selective.selective_scan if torch.compiler.is_compiling() else _selective_scan_of_any_shape()
+    return scan(x, dt, A, B, C, *args, **kwargs)
+
+
 def causal_conv(
     x: Tensor,
     weight: Tensor,
@@ -260,11 +279,12 @@ def _training_kernels_import() -> bool:
     try:
         from kernels_ext.causal_conv import training_kernel  # noqa: F401
         from kernels_ext.rotary import training_kernel as rotary_training_kernel  # noqa: F401
+        from kernels_ext.selective_scan import scan_kernel as selective_scan_kernel  # noqa: F401
         from kernels_ext.ssd import scan_kernel  # noqa: F401
     except ImportError as error:
-        log.info("scan, convolution and rotation on cuda: no Triton kernels (Triton does not import: %s)", error)
+        log.info("scans, convolution and rotation on cuda: no Triton kernels (Triton does not import: %s)", error)
         return False
-    log.info("scan, convolution and rotation on cuda: Triton kernels")
+    log.info("scans, convolution and rotation on cuda: Triton kernels")
     return True
 
 
@@ -280,6 +300,20 @@ def _ssd_of_any_shape() -> Callable[..., tuple]:
 
     log.info("ssd on cuda, any shape: mamba-ssm")
     return ssd_mamba_ssm
+
+
+@cache
+def _selective_scan_of_any_shape() -> Callable[..., tuple]:
+    """What serves the other shapes of Mamba-1 on CUDA: mamba-ssm's kernel where it imports, or else plain PyTorch."""
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+    except ImportError as error:
+        log.info("selective scan on cuda, any shape: plain PyTorch (mamba-ssm does not import: %s)", error)
+        return selective.selective_scan
+    from kernels_ext.selective_scan.mamba_ssm_kernel import selective_scan_mamba_ssm
+
+    log.info("selective scan on cuda, any shape: mamba-ssm")
+    return selective_scan_mamba_ssm
 
 
 def _compiled_for_training() -> Callable[..., tuple]:

@@ -187,6 +187,7 @@ def _bare(
         "run": label,
         "attention_layers": [],
         "replaced_layers": [],
+        "mixer": "",
         "layers": 0,
         "continues": None,
         "method": None,

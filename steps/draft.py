@@ -52,13 +52,12 @@ def run(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: Sta
 
 def shrink(student: HybridForCausalLM, layers: Sequence[int]) -> HybridForCausalLM:
     """A model of these layers of the student, with copies of its embedding, final norm and head."""
-    depth, kept = student.config.n_layers, set(student.config.attention_layers)
+    depth = student.config.n_layers
     wrong = [layer for layer in layers if layer >= depth]
     if wrong:
         raise DraftError(f"draft.kind names layers {wrong}, but the student has {depth}, 0 to {depth - 1}")
-    attention = tuple(new for new, old in enumerate(layers) if old in kept)
     with torch.device("meta"):
-        draft = HybridForCausalLM(replace(student.config, n_layers=len(layers), attention_layers=attention))
+        draft = HybridForCausalLM(student.config.of_layers(layers))
     place = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
     weights = {}
     for name, weight in student.named_parameters():

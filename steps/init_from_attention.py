@@ -18,6 +18,7 @@ from hybrid.init_map import Method, from_attention, new_mixers, scale_out_proj
 from steps.config import ConfigError, InitConfig, InitStageConfig
 from steps.stage import StageContext
 from steps.students import autocast_type, load_student, load_teacher, measure, save_student
+from steps.teacher import fetch, token_mismatch
 
 NEAR_IDENTITY = 0.01
 """Factor on out_proj. On SmolLM2-135M with 15 of 30 layers replaced the KL starts at 11.3 with 1, at 5.0 with 0 and at
@@ -28,8 +29,11 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
     """Summary: layers kept and replaced, relative error by layer, and the KL that each initialisation starts from.
 
     Continues from the student `previous` where that is among the inputs, else from the teacher. Raises ConfigError if
-    attention is to be kept that the student it continues from has not, or if their methods do not go together.
+    attention is to be kept that the student it continues from has not, or if their methods do not go together. A
+    `checkpoint` is taken as it is; ConfigError if its tokens are not the teacher's.
     """
+    if config.checkpoint:
+        return _taken(config, inputs, out, context)
     teacher = load_teacher(inputs, context)
     base = load_student({"student": inputs["previous"]}, context) if "previous" in inputs else teacher
     choice = _layer_choice(inputs)
@@ -47,11 +51,13 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
         scale_out_proj(base, student, NEAR_IDENTITY)
         start["near_identity"] = measure(teacher, student, inputs, context)
     if config.method != "paper" and config.measure_paper and base is teacher:
-        published = config.model_copy(update={"rope": False, "ngroups": "kv_heads"})
+        shared = "legacy" if config.mixer == "mamba1" else "heads"
+        published = config.model_copy(update={"rope": False, "ngroups": "kv_heads", "gqa_mapping": shared})
         start["paper"] = measure(teacher, build(published, teacher, kept, "paper", context.seed), inputs, context)
     save_student(student, inputs, out)
     return {
         "method": config.method,
+        "mixer": student.config.mixer,
         "layer_choice": choice,
         "attention_layers": list(kept),
         "replaced_layers": list(student.config.mamba_layers),
@@ -60,6 +66,27 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
         "start": start,
         "held_out": start[config.method],
         "layers": [{"layer": layer, "relative_error": error} for layer, error in errors.items()],
+    }
+
+
+def _taken(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
+    fingerprint = fetch(config.checkpoint, out, context)
+    if mismatch := token_mismatch(inputs["teacher"], out):
+        raise ConfigError(f"checkpoint {config.checkpoint} is no student of this teacher: {mismatch}")
+    student = load_student({"student": out}, context)
+    held_out = measure(load_teacher(inputs, context), student, inputs, context)
+    return {
+        "method": "checkpoint",
+        "source": config.checkpoint,
+        "fingerprint": fingerprint,
+        "mixer": student.config.mixer,
+        "attention_layers": list(student.config.attention_layers),
+        "replaced_layers": list(student.config.mamba_layers),
+        "carried_over": list(student.config.mamba_layers),
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "start": {"checkpoint": held_out},
+        "held_out": held_out,
+        "layers": [],
     }
 
 
@@ -72,6 +99,9 @@ def build(
             base,
             kept,
             method,
+            mixer=config.mixer,
+            gqa_mapping=config.gqa_mapping,
+            d_state=config.d_state if config.mixer == "mamba1" else None,
             gate_bias=config.gate_bias,
             gate_scale=config.gate_scale,
             a_min=config.a_min,
@@ -79,6 +109,7 @@ def build(
             rope=config.rope,
             ngroups=base.config.n_heads if config.ngroups == "heads" else None,
             seed=seed,
+            share=True,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

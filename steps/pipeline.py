@@ -96,13 +96,14 @@ class Stage:
     def config(self, config: Config, variant: str) -> Model:
         """Its slice; `config` is the variant's own.
 
-        init_from_attention is handed the variant's `attention` besides its section, layer_scores how the mixers start
-        that it tries, the benchmarks what the student was trained on, speculative_profile what it needs of the section
-        `draft`.
+        init_from_attention is handed the variant's `attention` and `checkpoint` besides its section, layer_scores how
+        the mixers start that it tries, the benchmarks what the student was trained on, speculative_profile what it
+        needs of the section `draft`.
         """
         section: Model = getattr(config, self.section or self.name)
         if self.name == "init_from_attention":
-            return InitStageConfig(**section.model_dump(), attention=config.variants[variant].attention)
+            own = config.variants[variant]
+            return InitStageConfig(**section.model_dump(), attention=own.attention, checkpoint=own.checkpoint)
         if self.name == "layer_scores":
             start = config.init_from_attention.model_copy(update={"method": "calibrated", "measure_paper": False})
             return LayerScoresStageConfig(**section.model_dump(), init=start)
@@ -137,7 +138,7 @@ DELTAS = ("non_inferiority", "non_inferiority_nats", "non_inferiority_points")
 """What a student may differ by; the teacher is compared with nobody."""
 
 STAGES = (
-    Stage("teacher", "steps.teacher", settings=(), sources=("source",), per_variant=False),
+    Stage("teacher", "steps.teacher", settings=(), sources=("source", "chat_template"), per_variant=False),
     Stage(
         "corpus",
         "steps.corpus",
@@ -161,6 +162,7 @@ STAGES = (
         "steps.init_from_attention",
         ("teacher", "corpus"),
         optional=("layer_scores", "previous"),
+        sources=("checkpoint",),
     ),
     Stage("align", "steps.align", ("teacher", "corpus", "student"), optional=("previous",), spreads=True),
     Stage("kl_distill", "steps.kl_distill", ("teacher", "corpus", "student"), sources=("teacher",), spreads=True),

@@ -344,7 +344,7 @@ def ssm_bytes(engine: DecodeEngine, history: int, due: bool) -> float:
 
 def _mixer_shape(config: HybridConfig) -> bench.MixerShape:
     shape = bench.mamba1_shape if config.mixer == "mamba1" else bench.mamba2_shape
-    return shape(config.n_heads, config.groups, config.head_dim, config.state_size)
+    return shape(config.n_heads, config.scan_groups, config.head_dim, config.state_size)
 
 
 def ssm_microseconds(engine: DecodeEngine, history: int, timer: Timer) -> float:

@@ -61,10 +61,10 @@ def needs_a_run(line: str) -> bool:
     "line", [line for line in shell_lines() if line.startswith("python ") and not needs_a_run(line)]
 )
 def test_every_python_command_of_the_readme_is_understood(line: str, tmp_path: Path) -> None:
-    """Commands that would run the pipeline or want its runs are given an argument that stops them once all else was
-    understood."""
+    """Commands that would run the pipeline, or want a run or a model of the reader's, are given an argument that stops
+    them once all else was understood."""
     words = line.split()[1:]
-    if ("distill_flow.py" in line and "run" in words) or "reports compare" in line:
+    if ("distill_flow.py" in line and "run" in words) or re.search(r"\b(RUN_A|MODEL|FOLDER)\b", line):
         words.append("--help")
     if "stage_store" in line:
         Store(str(tmp_path / "store"))

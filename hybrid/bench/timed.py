@@ -83,14 +83,14 @@ class TimedEngine(DecodeEngine):
         """Another engine with the same options but for `changes`."""
         return self._again(**changes)
 
-    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> None:
         if not self.unread:
             super()._start(prompts, max_new_tokens)
             return
         super()._start([prompt[-1:] for prompt in prompts], max_new_tokens)
         rows = len(prompts)
         counts = self._integers(rows).copy_(torch.tensor([len(prompt) for prompt in prompts]))
-        self.ends[:rows] = counts + max_new_tokens
+        self.ends[:rows] = counts + torch.tensor(max_new_tokens, device=self.device)
         random = torch.Generator(device=self.device).manual_seed(0)
         for cache, _ in self._readers():
             cache.cursors.lengths[:rows] = counts - 1

@@ -52,10 +52,10 @@ def default_splits(batch: int, groups: int, positions: int) -> int:
 
 @triton.jit(do_not_specialize=["offset"])
 def _rope_append_kernel(
-    qkv, k_cache, v_cache, cos, sin, lengths, slots, q, offset,
+    qkv, k_cache, v_cache, cos, sin, lengths, slots, q_norm, k_norm, q, offset, eps,
     qkv_stride_b, qkv_stride_t, k_stride_s, k_stride_g, k_stride_m, v_stride_s, v_stride_g, v_stride_m,
-    T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    PDL: tl.constexpr,
+    T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr,
+    ROTATES: tl.constexpr, NORMS: tl.constexpr, BLOCK_HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -79,11 +79,24 @@ def _rope_append_kernel(
         return
 
     position = tl.load(lengths + slot) + offset + i
-    c = tl.load(cos + position * HALF + d)[None, :]
-    s = tl.load(sin + position * HALF + d)[None, :]
-    rotates = (head < H + G)[:, None]
-    first_out = tl.where(rotates, first * c - second * s, first).to(q.dtype.element_ty)
-    second_out = tl.where(rotates, second * c + first * s, second).to(q.dtype.element_ty)
+    is_v = (head >= H + G)[:, None]
+    if NORMS:
+        power = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / P
+        scale = tl.rsqrt(power + eps)[:, None]
+        kind = qkv.dtype.element_ty  # what RMSNorm rounds to before its gain, and after
+        is_query = (head < H)[:, None]
+        gain = tl.where(is_query, tl.load(q_norm + d)[None, :], tl.load(k_norm + d)[None, :]).to(tl.float32)
+        first = tl.where(is_v, first, (gain * (first * scale).to(kind)).to(kind).to(tl.float32))
+        gain = tl.where(is_query, tl.load(q_norm + HALF + d)[None, :], tl.load(k_norm + HALF + d)[None, :])
+        gain = gain.to(tl.float32)
+        second = tl.where(is_v, second, (gain * (second * scale).to(kind)).to(kind).to(tl.float32))
+    if ROTATES:
+        c = tl.load(cos + position * HALF + d)[None, :]
+        s = tl.load(sin + position * HALF + d)[None, :]
+        turned = second * c + first * s
+        first = tl.where(is_v, first, first * c - second * s)
+        second = tl.where(is_v, second, turned)
+    first_out, second_out = first.to(q.dtype.element_ty), second.to(q.dtype.element_ty)
 
     tl.store(q_at, first_out, mask=is_q)
     tl.store(q_at + HALF, second_out, mask=is_q)
@@ -92,21 +105,23 @@ def _rope_append_kernel(
     tl.store(k_at, first_out, mask=is_k)
     tl.store(k_at + HALF, second_out, mask=is_k)
     v_at = v_cache + slot * v_stride_s + (head - H - G)[:, None] * v_stride_g + position * v_stride_m + d[None, :]
-    is_v = (head >= H + G)[:, None] & present
-    tl.store(v_at, first_out, mask=is_v)
-    tl.store(v_at + HALF, second_out, mask=is_v)
+    tl.store(v_at, first_out, mask=is_v & present)
+    tl.store(v_at + HALF, second_out, mask=is_v & present)
 
 
 def rope_append(
     qkv: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     lengths: Tensor,
     slots: Tensor,
     n_heads: int,
     offset: int = 0,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
     *,
     config: dict | None = None,
 ) -> Tensor:
@@ -114,14 +129,16 @@ def rope_append(
     batch, length, width = qkv.shape
     groups, headdim = k_cache.shape[1], k_cache.shape[3]
     assert width == (n_heads + 2 * groups) * headdim and qkv.stride(2) == 1
-    assert k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and cos.is_contiguous() and sin.is_contiguous()
+    assert k_cache.stride(3) == 1 and v_cache.stride(3) == 1
+    assert all(t is None or t.is_contiguous() for t in (cos, sin, q_norm, k_norm))
     config = rope_config() | (config or {})
     q = torch.empty(batch, length, n_heads, headdim, dtype=qkv.dtype, device=qkv.device)
     grid = (batch * length, triton.cdiv(n_heads + 2 * groups, config["BLOCK_HEADS"]))
     _rope_append_kernel[grid](
-        qkv, k_cache, v_cache, cos, sin, lengths, slots, q, offset,
+        qkv, k_cache, v_cache, cos, sin, lengths, slots, q_norm, k_norm, q, offset, eps,
         *qkv.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        T=length, H=n_heads, G=groups, P=headdim, HALF=headdim // 2,
+        T=length, H=n_heads, G=groups, P=headdim, HALF=headdim // 2, ROTATES=cos is not None,
+        NORMS=q_norm is not None,
         **pdl.launch_options(NO_PDL | config, qkv.device, grid[0] * grid[1]),
     )  # fmt: skip
     return q
@@ -138,9 +155,8 @@ def _dot_type(q: Tensor) -> tl.dtype:
 def _decode_attention_kernel(
     q, k_cache, v_cache, lengths, slots, out, part, part_max, part_sum, offset, scale,
     q_stride_b, q_stride_t, q_stride_h, k_stride_s, k_stride_g, k_stride_m, v_stride_s, v_stride_g, v_stride_m,
-    T: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr,
-    PDL: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -165,8 +181,9 @@ def _decode_attention_kernel(
 
     n_keys = tl.load(lengths + slot) + offset + T
     last = n_keys - T + t  # the last position that a query row sees
-    steps = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_K)
-    begin = split * steps * BLOCK_K
+    oldest = tl.maximum(n_keys - T + 1 - WINDOW, 0) if WINDOW > 0 else 0  # the first position that any row sees
+    steps = tl.cdiv(tl.cdiv(n_keys - oldest, SPLITS), BLOCK_K)
+    begin = oldest + split * steps * BLOCK_K
     end = tl.minimum(begin + steps * BLOCK_K, n_keys)
     k_base = k_cache + slot * k_stride_s + g * k_stride_g + p[None, :]
     v_base = v_cache + slot * v_stride_s + g * v_stride_g + p[None, :]
@@ -182,7 +199,10 @@ def _decode_attention_kernel(
             kv_mask = kv_mask & (p < P)[None, :]
         k = tl.load(k_base + key[:, None] * k_stride_m, mask=kv_mask, other=0.0).to(DOT)  # (BLOCK_K, BLOCK_P)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_Q, BLOCK_K), to base 2
-        scores = tl.where(key[None, :] <= last[:, None], scores, -float("inf"))
+        seen = key[None, :] <= last[:, None]
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > last[:, None] - WINDOW)
+        scores = tl.where(seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -234,11 +254,12 @@ def decode_attention(
     slots: Tensor,
     offset: int = 0,
     splits: int | None = None,
+    sliding_window: int | None = None,
     *,
     config: dict | None = None,
 ) -> Tensor:
-    """As the reference. `splits`: in how many parts the live keys are read side by side, by default as many as fill
-    the GPU; ValueError if R·T > 128 query rows share a group."""
+    """As the reference; keys before the sliding window are not read. `splits`: in how many parts the live keys are read
+    side by side, by default as many as fill the GPU; ValueError if R·T > 128 query rows share a group."""
     batch, length, heads, headdim = q.shape
     groups, positions = k_cache.shape[1:3]
     ratio = heads // groups
@@ -248,6 +269,8 @@ def decode_attention(
             f"{length} tokens × {ratio} heads per group are {ratio * length} query rows, more than 128: "
             "lower the window (K + 1)"
         )
+    if sliding_window is not None:
+        positions = min(positions, sliding_window + length - 1)
     splits = default_splits(batch, groups, positions) if splits is None else splits
     block_q, block_p = max(16, triton.next_power_of_2(ratio * length)), max(16, headdim)
     programs = batch * groups * splits
@@ -260,8 +283,8 @@ def decode_attention(
     _decode_attention_kernel[(batch * groups, splits)](
         q, k_cache, v_cache, lengths, slots, out, part, part_max, part_sum, offset, math.log2(math.e) / headdim**0.5,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        T=length, G=groups, R=ratio, P=headdim, SPLITS=splits, BLOCK_Q=block_q, BLOCK_P=block_p,
-        DOT=_dot_type(q), **pdl.launch_options(NO_PDL | config, q.device, programs),
+        T=length, G=groups, R=ratio, P=headdim, WINDOW=sliding_window or 0, SPLITS=splits, BLOCK_Q=block_q,
+        BLOCK_P=block_p, DOT=_dot_type(q), **pdl.launch_options(NO_PDL | config, q.device, programs),
     )  # fmt: skip
     if splits > 1:
         block_s = triton.next_power_of_2(splits)

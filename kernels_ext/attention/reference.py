@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels_ext.rms_norm.reference import rms_norm
 from kernels_ext.slots import writing_rows
 
 
@@ -20,29 +21,37 @@ def rope_append(
     qkv: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     lengths: Tensor,
     slots: Tensor,
     n_heads: int,
     offset: int = 0,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Rotate q and k by their positions (2104.09864 §3.2.2, halves as in Llama) and append k and v to the caches.
 
     qkv (B, T, (H + 2G)·P): rows q | k | v, last dimension contiguous; k_cache, v_cache (S, G, M, P), written in place;
-    cos, sin (≥ M, P / 2) float32 by position; n_heads H. Rotates in float32; returns q (B, T, H, P) in qkv's type.
+    cos, sin (≥ M, P / 2) float32 by position, or both None: nothing is rotated; n_heads H. q_norm, k_norm (P,), both or
+    none: gains of an RMSNorm over each head of q and k, with eps, before they are rotated. Rotates in float32; returns
+    q (B, T, H, P) in qkv's type.
     """
     batch, length, _ = qkv.shape
     groups, last, headdim = k_cache.shape[1], k_cache.shape[2] - 1, k_cache.shape[3]
     heads = qkv.unflatten(-1, (-1, headdim))  # (B, T, H + 2G, P)
     tokens = torch.arange(length, device=qkv.device)
     position = (lengths[slots.clamp(min=0).long(), None] + offset + tokens).clamp(max=last)  # (B, T)
-    rotated = _rotate(heads[:, :, : n_heads + groups].float(), cos[position], sin[position]).to(qkv.dtype)
-    q, k = rotated.split((n_heads, groups), dim=2)
+    q, k, v = heads.split((n_heads, groups, groups), dim=2)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps).to(qkv.dtype), rms_norm(k, k_norm, eps).to(qkv.dtype)
+    if cos is not None and sin is not None:
+        q, k = (_rotate(x.float(), cos[position], sin[position]).to(qkv.dtype) for x in (q, k))
 
     source, slot, writes = writing_rows(slots)
     at = (slot[:, None, None], torch.arange(groups, device=qkv.device), position[source][..., None])  # (B, T, G)
-    for cache, values in ((k_cache, k), (v_cache, heads[:, :, n_heads + groups :])):
+    for cache, values in ((k_cache, k), (v_cache, v)):
         cache[at] = torch.where(writes[:, None, None, None], values[source].to(cache.dtype), cache[at])
     return torch.where((slots >= 0)[:, None, None, None], q, 0).contiguous()
 
@@ -62,11 +71,13 @@ def decode_attention(
     slots: Tensor,
     offset: int = 0,
     splits: int | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """softmax(q·k / √P)·v; query i of the window sees the positions up to its own, which are in the cache already.
 
-    q (B, T, H, P); k_cache, v_cache (S, G, M, P) in q's type. `splits` is for the kernel alone. Products and softmax in
-    float32; returns (B, T, H, P) in q's type.
+    q (B, T, H, P); k_cache, v_cache (S, G, M, P) in q's type. `splits` is for the kernel alone. sliding_window: how
+    many positions a query sees, its own the last of them; None is all. Products and softmax in float32; returns
+    (B, T, H, P) in q's type.
     """
     batch, length, heads, headdim = q.shape
     groups, positions = k_cache.shape[1:3]
@@ -74,9 +85,12 @@ def decode_attention(
     if not q.is_cuda:  # there the host may ask, and what no token sees is not read
         positions = min(positions, int(lengths[own].max()) + offset + length)
     seen_by_last = (lengths[own] + offset)[:, None] + torch.arange(length, device=q.device)  # (B, T)
-    visible = torch.arange(positions, device=q.device) <= seen_by_last[..., None]  # (B, T, M)
+    keys = torch.arange(positions, device=q.device)
+    visible = keys <= seen_by_last[..., None]  # (B, T, M)
+    if sliding_window is not None:
+        visible &= keys > seen_by_last[..., None] - sliding_window
     k = k_cache[:, :, :positions][own].float()  # (B, G, M, P)
-    v = torch.where(visible[:, -1, None, :, None], v_cache[:, :, :positions][own], 0).float()
+    v = torch.where(visible.any(1)[:, None, :, None], v_cache[:, :, :positions][own], 0).float()
     grouped = q.float().view(batch, length, groups, -1, headdim).permute(0, 2, 3, 1, 4)  # (B, G, R, T, P)
     scores = grouped.reshape(batch, groups, -1, headdim) @ k.transpose(-1, -2) / math.sqrt(headdim)
     scores = scores.view(batch, groups, -1, length, positions).masked_fill(~visible[:, None, None], float("-inf"))

@@ -25,7 +25,7 @@ def _strip(variant: Mapping[str, Any], index: int) -> Markup | None:
         return None
     kept = variant["attention_layers"]
     title = f"{variant['name']}: {len(kept)} of {variant['layers']} layers keep attention"
-    return layer_strip(title, variant["layers"], kept, slot(index))
+    return layer_strip(title, variant["layers"], kept, variant["mixer"], slot(index))
 
 
 def forests(twin: Mapping[str, Any]) -> list[dict[str, Any]]:

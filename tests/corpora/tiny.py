@@ -37,10 +37,10 @@ def tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
     )
 
 
-def save_llama(folder: Path, template: str = CHATML, **changes: Any) -> Path:
-    """A folder as a hub checkpoint would be: random weights, config, tokenizer."""
+def save_llama(folder: Path, template: str = CHATML, model_type: str = "llama", **changes: Any) -> Path:
+    """A folder as a hub checkpoint would be: random weights, config, tokenizer; of another family by `model_type`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     shape = {
@@ -55,7 +55,8 @@ def save_llama(folder: Path, template: str = CHATML, **changes: Any) -> Path:
         "eos_token_id": 2,
         "tie_word_embeddings": True,
     }
-    LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
+    config = AutoConfig.for_model(model_type, **{**shape, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer(template).save_pretrained(folder)
     return folder
 

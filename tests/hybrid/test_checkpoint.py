@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybrid import UnsupportedModel, load_pretrained, save_pretrained
+from hybrid import UnsupportedModel, checkpoint, load_pretrained, save_pretrained
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import tokens
 
@@ -80,7 +80,36 @@ def test_tokenizer_files_travel(tmp_path):
     (source / "other.bin").write_text("no")
     save_pretrained(tiny_hybrid.model(), tmp_path / "out", tokenizer_from=source)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    code = {"configuration_hybrid_mamba_llama.py", "modeling_hybrid_mamba_llama.py"}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} | code
+
+
+def test_large_models_are_cut_into_files_that_an_index_names(tmp_path):
+    model = tiny_hybrid.model()
+    sizes = {name: p.nbytes for name, p in model.named_parameters()}
+    checkpoint.save_weights(tmp_path, model.named_parameters(), limit=40_000)
+    checkpoint.write_config(tmp_path, model.config, torch.float32)
+    again = load_pretrained(tmp_path)
+    assert torch.equal(again(tokens(2, 9)), model(tokens(2, 9)))
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[-1] == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    held = {name: {n for n, file in index["weight_map"].items() if file == name} for name in files}
+    assert set().union(*held.values()) == sizes.keys()
+    for name, inside in held.items():
+        assert set(load_file(tmp_path / name)) == inside
+        assert sum(sizes[n] for n in inside) <= 40_000 or len(inside) == 1
+
+
+@pytest.mark.parametrize("mixers", ["float32", "bfloat16"])
+def test_transformers_is_told_the_widest_type(tmp_path, mixers):
+    model = tiny_hybrid.model()
+    for name, p in model.named_parameters():
+        if not name.endswith(("A_log", "dt_bias", ".D")):
+            p.data = p.data.to(getattr(torch, mixers) if ".mamba." in name else torch.bfloat16)
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == mixers
 
 
 def test_missing_and_surplus_weights(folder):
@@ -105,6 +134,6 @@ def test_folders_that_are_no_model(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_pretrained(tmp_path / "nothing")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    with pytest.raises(UnsupportedModel, match="'qwen2'"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma2"}))
+    with pytest.raises(UnsupportedModel, match="'gemma2'"):
         load_pretrained(folder)

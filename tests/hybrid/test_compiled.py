@@ -49,8 +49,11 @@ def test_a_cpu_runs_as_before():
 
 
 @pytest.mark.gpu
-def test_compiled_is_eager_and_leaves_no_trace():
-    plain = tiny_hybrid.model(head_dim=16).cuda()
+@pytest.mark.parametrize(
+    "family", [{}, {"sliding_window": 20}, {"attention_bias": True, "qk_norm": True, "no_rope_layers": (1,)}], ids=str
+)
+def test_compiled_is_eager_and_leaves_no_trace(family):
+    plain = tiny_hybrid.model(head_dim=16, **family).cuda()
     model = copy.deepcopy(plain)
     with compiled_blocks(model):
         found = gradients(model)

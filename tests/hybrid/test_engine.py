@@ -174,6 +174,45 @@ def test_what_a_round_gives_is_streamed(hybrid):
     assert streamed == result.replies == plain(hybrid, 10)
 
 
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_callback_ends_rows_and_no_other(hybrid, k):
+    """Row 1 ends after five tokens or the round that brings them; when all have ended, nothing more is decoded."""
+    wanted, counts = plain(hybrid), [0, 0, 0]
+    engine = DecodeEngine(
+        hybrid, batch=4, max_length=LENGTH, draft=ModelDraft(hybrid) if k else None, k=k, eos_token_ids=()
+    )
+
+    def look(tokens: Tensor) -> list[int]:
+        for row, new in enumerate((tokens >= 0).sum(dim=1).tolist()):
+            counts[row] += new
+        return [1] if counts[1] >= 5 else []
+
+    replies = engine.generate(PROMPTS, COUNT, callback=look).replies
+    assert replies == [wanted[0], wanted[1][: 8 if k else 5], wanted[2]]
+    assert engine.generate(PROMPTS, COUNT).replies == wanted, "and leaves no trace"
+    assert len(engine.generate(PROMPTS, COUNT, callback=lambda tokens: [0, 1, 2]).replies[0]) == k + 1
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_each_row_has_its_own_limit(hybrid, k):
+    limits = [3, 14, 1]
+    engine = DecodeEngine(
+        hybrid, batch=3, max_length=23, draft=ModelDraft(hybrid) if k else None, k=k, eos_token_ids=()
+    )
+    assert engine.generate(PROMPTS, limits).replies == [r[:n] for r, n in zip(plain(hybrid), limits, strict=True)]
+
+
+def test_sampling_may_change_between_calls(hybrid):
+    """On a GPU that is another graph."""
+    hot, seen = Sampling(1.5, 0, 0.95), []
+    engine = DecodeEngine(hybrid, batch=3, max_length=LENGTH, draft=NGramDraft(), k=2, eos_token_ids=())
+    other = DecodeEngine(hybrid, batch=3, max_length=LENGTH, draft=NGramDraft(), k=2, sampling=hot, eos_token_ids=())
+    for sampling in (None, hot, None, Sampling()):
+        seen.append(engine.generate(PROMPTS, COUNT, seed=3, sampling=sampling).replies)
+    assert seen[0] == seen[3] == plain(hybrid)
+    assert seen[1] == seen[2] == other.generate(PROMPTS, COUNT, seed=3).replies != seen[0]
+
+
 def test_sampled_speculation_follows_the_models_distribution():
     """The first two tokens of 3000 replies, against the distribution itself; draft and model differ."""
     changes = {"vocab_size": 5, "n_layers": 2, "attention_layers": (1,)}
@@ -269,6 +308,9 @@ def test_impossible_engines_are_refused(hybrid, options, message):
         ([[]], 4, "at least one token"),
         ([], 4, "at least one token"),
         (prompts(3), 0, "max_new_tokens.*got 0"),
+        (prompts(3, 3), [4, 0], "max_new_tokens.*at least 1.*got \\[4, 0\\]"),
+        (prompts(3, 3), [4], "one for each prompt, got \\[4\\]"),
+        (prompts(20, 30), [12, 3], "prompt of 30 tokens and max_new_tokens 3.*33 tokens"),
     ],
 )
 def test_impossible_requests_are_refused(hybrid, asked, count, message):

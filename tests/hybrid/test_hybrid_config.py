@@ -37,6 +37,11 @@ def test_own_format_comes_back(tmp_path):
         conv_silu=True,
         proj_bias=False,
         mixer_rope=True,
+        family="qwen3",
+        attention_bias=True,
+        qk_norm=True,
+        sliding_window=9,
+        no_rope_layers=(1, 2),
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     assert HybridConfig.from_folder(tmp_path) == config
@@ -62,7 +67,7 @@ def test_rope_of_old_and_new_configs(raw, rope):
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
-        ({"model_type": "mistral"}, "'mistral'"),
+        ({"model_type": "gpt2"}, "'gpt2'"),
         ({"model_type": None}, "None"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -91,5 +96,9 @@ def test_impossible_shapes():
             ValueError, match=f"ngroups {ngroups} must be a multiple of n_kv_heads 2 and divide n_heads 6"
         ):
             tiny_hybrid.config(ngroups=ngroups)
-    with pytest.raises(ValueError, match=r"\[4, -1\] do not exist; the model has layers 0 to 3"):
+    with pytest.raises(ValueError, match=r"attention_layers \[4, -1\] do not exist; the model has layers 0 to 3"):
         tiny_hybrid.config(attention_layers=(1, 4, -1))
+    with pytest.raises(ValueError, match=r"no_rope_layers \[4\] do not exist; the model has layers 0 to 3"):
+        tiny_hybrid.config(no_rope_layers=(1, 4))
+    with pytest.raises(ValueError, match="sliding_window must be >= 1, or None for all tokens, got 0"):
+        tiny_hybrid.config(sliding_window=0)

@@ -38,6 +38,63 @@ def test_projections_are_copied(teacher, method):
         assert {p.dtype for p in mixer.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("gqa_mapping", ["heads", "legacy"])
+@pytest.mark.parametrize("method", ["copy", "paper"])
+def test_mamba1_takes_the_same_projections(teacher, method, gqa_mapping):
+    student = from_attention(teacher, KEPT, method, mixer="mamba1", d_state=4, gqa_mapping=gqa_mapping)
+    assert (student.config.mixer, student.config.d_state) == ("mamba1", 4)
+    rows = in_proj_rows(student.config)
+    assert [(s.start, s.stop) for s in rows.values()] == [(0, 48), (48, 64), (64, 80), (80, 128), (128, 131)]
+    for layer in student.config.mamba_layers:
+        attention, mixer = teacher.blocks[layer].self_attn, student.blocks[layer].mamba
+        for source, target in (("q_proj", "C"), ("k_proj", "B"), ("v_proj", "x")):
+            assert torch.equal(mixer.in_proj.weight[rows[target]], getattr(attention, source).weight)
+        assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight)
+        assert {p.dtype for p in mixer.parameters()} == {torch.float32}
+        torch.testing.assert_close(mixer.A, -torch.arange(1.0, 5.0).expand(48, 4))
+        dt = softplus(mixer.dt_bias)
+        assert dt.min() > 0.999e-3 and dt.max() < 0.1001 and dt.unique().numel() == 48
+        assert 0.3 < mixer.dt_proj.weight.abs().max() <= 3**-0.5
+        assert torch.equal(mixer.D, torch.ones(48))
+
+
+def test_mamba1_starts_with_an_identity_and_an_open_gate(teacher):
+    student = from_attention(teacher, (), mixer="mamba1", d_state=4, gate_bias=2.5, gate_scale=0.0)
+    assert not student.config.conv_silu
+    for mixer in mixers(student):
+        z, *rest = mixer.project(torch.randn(1, 9, 48))
+        assert torch.equal(z, torch.full_like(z, 2.5))
+        assert torch.equal(mixer.convolve(rest[0], None, None, None), rest[0])
+    drawn = from_attention(teacher, (), "paper", mixer="mamba1", d_state=4)
+    assert drawn.config.conv_silu and not drawn.config.proj_bias
+    assert all(0.4 < m.conv1d.weight.abs().max() <= 0.5 for m in mixers(drawn))
+
+
+def test_groups_of_mamba1_begin_as_the_same_function(teacher):
+    """Convolutions are identities and everything else is by head, so heads that share x and B or have their own copies
+    of them compute the same."""
+    shared, own = (from_attention(teacher, KEPT, mixer="mamba1", d_state=4, ngroups=groups) for groups in (None, 6))
+    with torch.no_grad():
+        for few, many in zip(mixers(shared), mixers(own), strict=True):
+            rows, theirs = in_proj_rows(many.config), in_proj_rows(few.config)
+            for name in ("z", "dt"):  # what is drawn is drawn by row, so copied for the comparison
+                many.in_proj.weight[rows[name]] = few.in_proj.weight[theirs[name]]
+            many.dt_bias.copy_(few.dt_bias)
+            many.dt_proj.weight.copy_(few.dt_proj.weight)
+    text = tokens(2, 11)
+    torch.testing.assert_close(own.hidden(text), shared.hidden(text))
+    legacy = from_attention(teacher, KEPT, mixer="mamba1", d_state=4, gqa_mapping="legacy")
+    assert (legacy.hidden(text) - shared.hidden(text)).abs().max() > 1e-2
+
+
+def test_a_shared_student_holds_the_carried_weights_once(teacher):
+    student, own = from_attention(teacher, KEPT, share=True), from_attention(teacher, KEPT)
+    theirs, copies = dict(teacher.named_parameters()), dict(own.named_parameters())
+    for name, p in student.named_parameters():
+        assert torch.equal(p, copies[name])
+        assert (".mamba." in name) != (name in theirs and p.data_ptr() == theirs[name].data_ptr())
+
+
 def test_everything_else_is_the_teachers_own_copy(teacher):
     student = from_attention(teacher, KEPT)
     theirs = dict(teacher.named_parameters())
@@ -72,6 +129,19 @@ def test_a_student_continues_with_all_of_its_weights(teacher, method):
     assert not torch.equal(mixer.out_proj.weight, teacher.blocks[1].self_attn.o_proj.weight)
 
 
+def test_a_mamba1_student_continues_with_all_of_its_weights(teacher):
+    form = {"mixer": "mamba1", "d_state": 4, "gqa_mapping": "legacy"}
+    before = trained(from_attention(teacher, (1, 3), **form))
+    after = from_attention(before, (3,), **form)
+    theirs, ours = dict(before.named_parameters()), dict(after.named_parameters())
+    assert {name for name in ours if name not in theirs} == {n for n in ours if n.startswith("model.layers.1.mamba.")}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() & theirs.keys())
+    other = {"mixer": "mamba2", "d_state": None, "gqa_mapping": "heads"}
+    for change in (other, {"gqa_mapping": "heads"}, {"d_state": 8}):
+        with pytest.raises(ValueError, match="the same mixer, gqa_mapping, d_state"):
+            from_attention(before, (3,), **{**form, **change})
+
+
 def test_a_student_without_new_mixers_computes_the_same(teacher):
     before = trained(from_attention(teacher, KEPT))
     after = from_attention(before, KEPT, seed=9)
@@ -88,10 +158,10 @@ def test_attention_that_was_given_up_does_not_come_back(teacher):
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
-        (("copy", False), ("paper", False), "method 'paper', rope false and ngroups 2 make mixers of another form"),
-        (("paper", False), ("copy", False), "method 'copy', rope false and ngroups 2 make mixers of another form"),
-        (("copy", False), ("copy", True), "rope true and ngroups 2 make.*one init_from_attention.rope"),
-        (("copy", True), ("copy", False), "rope false and ngroups 2 make.*one init_from_attention.rope"),
+        (("copy", False), ("paper", False), "method 'paper', rope false and ngroups 2 .*make mixers of another form"),
+        (("paper", False), ("copy", False), "method 'copy', rope false and ngroups 2 .*make mixers of another form"),
+        (("copy", False), ("copy", True), "rope true and ngroups 2 .*the same mixer, .* rope"),
+        (("copy", True), ("copy", False), "rope false and ngroups 2 .*the same mixer, .* rope"),
     ],
 )
 def test_mixers_of_two_forms_do_not_go_together(teacher, first, second, said):

@@ -160,3 +160,66 @@ def test_window_by_window_equals_one_window(ops):
         outputs.append(torch.cat(out, dim=1))
     for other in outputs[1:]:
         torch.testing.assert_close(other, outputs[0], rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+@DTYPES
+@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize(("tokens", "sliding"), [(1, 1), (1, 20), (4, 3), (5, 33), (3, 500)])
+def test_sliding_window(ops, tokens, sliding, splits, dtype, nan_filled):
+    """Each query of the window sees its own last keys; what none of them sees holds NaN and is not read."""
+    groups, ratio, headdim, positions, offset = 2, 3, 16, 100, 2
+    slots, lengths = [2, -1, 0], [60, 0, 10]
+    q = draw(len(slots), tokens, groups * ratio, headdim, seed=0, dtype=dtype)
+    k, v = (strided_cache(3, groups, positions, headdim, seed=s, dtype=dtype) for s in (1, 2))
+    for slot, length in enumerate(lengths):
+        begin = max(0, length + offset + 1 - sliding)
+        for cache in (k, v):
+            cache[slot, :, :begin] = NAN
+            cache[slot, :, length + offset + tokens :] = NAN
+    config = {"config": {"BLOCK_K": 16, "num_warps": 2}} if ops is kernel and splits else {}
+    out = ops.decode_attention(q, k, v, ints(lengths), ints(slots), offset, splits, sliding_window=sliding, **config)
+    for row, slot in enumerate(slots):
+        if slot < 0:
+            assert (out[row] == 0).all()
+            continue
+        for i in range(tokens):
+            end = lengths[slot] + offset + i + 1
+            part = slice(max(0, end - sliding), end)
+            wanted = attend(q[row, i : i + 1].double(), k[slot, :, part].double(), v[slot, :, part].double())
+            assert distance(out[row, i : i + 1], wanted) < TOLERANCE[dtype]
+
+
+@BOTH
+@DTYPES
+@pytest.mark.parametrize("rotates", [False, True])
+def test_norms_of_queries_and_keys(ops, rotates, dtype, nan_filled):
+    """Before the rotation, of queries and keys alone; without tables nothing is rotated."""
+    heads, groups, headdim, positions, eps = 6, 2, 16, 12, 1e-2
+    slots, lengths = [1, -1], [0, 7]
+    qkv = draw(2, 2, (heads + 2 * groups) * headdim, seed=0, dtype=dtype)
+    gains = [draw(headdim, seed=s, dtype=dtype) for s in (1, 2)]
+    theta = 100.0 ** -torch.linspace(0, 1, headdim // 2, device=DEVICE)
+    angles = torch.arange(positions, device=DEVICE)[:, None] * theta
+    k, v = (torch.full((2, groups, positions, headdim), NAN, device=DEVICE, dtype=dtype) for _ in range(2))
+    tables = (angles.cos(), angles.sin()) if rotates else (None, None)
+    q = ops.rope_append(qkv, k, v, *tables, ints(lengths), ints(slots), heads, 0, *gains, eps=eps)
+    assert (q[1] == 0).all() and k[0].isnan().all()
+    for i in range(2):
+        parts = qkv[0, i].view(-1, headdim).split([heads, groups, groups])
+        position = lengths[1] + i
+        assert torch.equal(v[1, :, position], parts[2])
+        for ours, part, gain in ((q[0, i], parts[0], gains[0]), (k[1, :, position], parts[1], gains[1])):
+            wide = part.double()
+            normed = gain.double() * wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+            wanted = rotate(normed, position * rotates, theta)
+            assert distance(ours, wanted) < 3 * TOLERANCE[dtype]  # rounded three times
+
+
+@BOTH
+def test_without_tables_nothing_is_rotated(ops, nan_filled):
+    qkv, k, v = draw(1, 2, 8 * 16, seed=0), draw(1, 2, 10, 16, seed=1), draw(1, 2, 10, 16, seed=2)
+    q = ops.rope_append(qkv, k, v, None, None, ints([3]), ints([0]), 4)
+    parts = qkv.view(2, 8, 16).split([4, 2, 2], dim=1)
+    assert torch.equal(q[0], parts[0])
+    assert torch.equal(k[0, :, 3:5], parts[1].transpose(0, 1)) and torch.equal(v[0, :, 3:5], parts[2].transpose(0, 1))

@@ -80,7 +80,7 @@ def test_compiled_on_cuda_without_mamba_ssm(monkeypatch, caplog):
         assert run(128, gradients=True) == 1
     chosen = [r.message for r in caplog.records if r.name == dispatch.log.name]
     assert [line[:38] for line in chosen] == [
-        "scan, convolution and rotation on cuda",
+        "scans, convolution and rotation on cud",
         "ssd on cuda, any shape: plain PyTorch,",
     ], "each choice is made and logged once"
 

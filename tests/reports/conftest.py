@@ -320,6 +320,7 @@ def variant_stages(name, replaced, number, factor):
         "attention_layers": [i for i in range(30) if i not in replaced],
         "replaced_layers": list(replaced),
         "method": "calibrated",
+        "mixer": "mamba1" if name == "quarter" else "mamba2",
         "layer_choice": {"method": "restore", "ranking": RANKING} if name == "quarter" else None,
         "start": {"paper": {"kl": 10.1, "top1": 0.012}, "calibrated": {"kl": 1.35 * factor, "top1": 0.449 / factor}},
         "layers": [{"layer": i, "relative_error": 0.18 + 0.06 * factor * (1 + i % 5)} for i in replaced],

@@ -212,7 +212,7 @@ def test_every_chart_is_an_image_with_a_title_and_a_table_follows(built):
 def test_twin_and_page_say_the_same(built, tmp_path):
     twin, html = built
     assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == twin
-    assert twin["schema"] == 3
+    assert twin["schema"] == 4
     text = body_text(html)
     for variant in twin["variants"]:
         held_out = variant["benchmark"]["fidelity"]["held_out"]
@@ -233,6 +233,8 @@ def test_the_choice_of_layers_is_shown_with_what_each_variant_keeps(built, examp
     assert twin["layer_scores"]["layers"][0] == {"layer": 3, "score": 0.24, "se": 0.02, "round": 0}
     assert [v["layer_choice"] for v in twin["variants"]] == [None, "restore"]
     text = body_text(html)
+    assert [v["mixer"] for v in twin["variants"]] == ["Mamba-2", "Mamba-1"]
+    assert "filled = Mamba-2" in text and "filled = Mamba-1" in text
     assert "A student without attention starts from 1.75" in text and f"n={count(3456)} in 16 texts" in text
     section = html[html.index("Which layers keep their attention") :]
     first, eighth = (re.search(rf"<tr><td class=.num.>{rank}</td>.*?</tr>", section).group() for rank in (1, 8))

@@ -189,7 +189,7 @@ def test_the_command_line_writes_the_page_and_what_is_beside_it(example, home, t
     beside = sorted(path.name for path in page.parent.iterdir())
     assert beside == ["both.flips.jsonl", "both.html", "both.json", "both.rows.csv"]
     twin = json.loads((page.parent / "both.json").read_text())
-    assert twin["schema"] == 3 and twin["title"] == "2 runs compared"
+    assert twin["schema"] == 4 and twin["title"] == "2 runs compared"
     printed = capsys.readouterr().out
     assert "A/half: " in printed and f"report: {page}" in printed
     assert "both.flips.jsonl" in page.read_text()
@@ -202,7 +202,7 @@ def test_the_command_line_writes_the_page_and_what_is_beside_it(example, home, t
     [
         (["third"], "'third': neither a folder with a report.json nor a run; runs: first, second"),
         (["first", "--baseline", "x"], "--baseline: 'x' is none of the models; allowed: teacher, half, quarter"),
-        (["old"], "schema 1, expected 3"),
+        (["old"], "schema 1, expected 4"),
         (["both"], "is itself a comparison of 2 runs; name those"),
     ],
 )

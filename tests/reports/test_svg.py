@@ -226,5 +226,7 @@ def test_dots_stand_in_the_row_of_their_category():
 
 
 def test_layer_strip_fills_what_was_replaced():
-    cells = [e.get("class") for e in parse(layer_strip("layers", 4, [1, 3], 2)).iter("rect")]
+    cells = [e.get("class") for e in parse(layer_strip("layers", 4, [1, 3], "Mamba-1", 2)).iter("rect")]
     assert cells == ["cell filled s2", "cell", "cell filled s2", "cell"]
+    titles = [e.text for e in parse(layer_strip("layers", 2, [1], "Mamba-1", 2)).iter("title")]
+    assert titles == ["layers", "layer 0: Mamba-1", "layer 1: attention"]

@@ -55,7 +55,7 @@ def parse(extra=""):
             '[variants.b]\nattention = [1, 2]\n[variants.c]\nattention = [2, 3]\nfrom = "b"',
             "c.attention: [2, 3] keeps attention that 'b' with [1, 2]",
         ),
-        ('[variants.b]\nprevious = "half"', "Allowed here: attention, from, from_stage, set"),
+        ('[variants.b]\nprevious = "half"', "Allowed here: attention, checkpoint, from, from_stage, set"),
         ('[variants.b]\nfrom = "half"\nfrom_stage = "draft"', "variants.b.from_stage: given 'draft'"),
         ('[kl_distill]\nfrozen = ["mlps"]', "a.toml: kl_distill.frozen.0: given 'mlps'; input should be 'attention',"),
         ("[kl_distill]\nkl_weight = 0", "kl_distill.kl_weight: given 0; input should be greater than 0"),
@@ -175,6 +175,7 @@ def test_variants_that_continue_from_one_another():
         "attention": "1/4",
         "from": "half",
         "from_stage": "sft",
+        "checkpoint": "",
         "set": {},
     }
     assert config.override(four, ["variants.some.from=quarter"]).chain("some") == ["half", "quarter", "some"]
@@ -195,9 +196,10 @@ def test_kinds_of_draft(kind, layers, source, runs):
     assert draft.model_copy(update={"steps": 0}).runs == bool(source)
 
 
-def test_init_stage_config_carries_the_attention_of_the_variant():
+def test_init_stage_config_carries_what_the_variant_says_of_its_student():
     assert InitStageConfig(attention=[1, 3]).model_dump().keys() == config.InitConfig().model_dump().keys() | {
-        "attention"
+        "attention",
+        "checkpoint",
     }
 
 

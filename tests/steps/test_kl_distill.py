@@ -30,7 +30,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
-    return tiny.save_llama(tmp_path_factory.mktemp("larger"), num_hidden_layers=4, hidden_size=48)
+    return tiny.save_llama(tmp_path_factory.mktemp("larger"), num_hidden_layers=4, hidden_size=64)
 
 
 def run(inputs, folder, **changes):

@@ -31,8 +31,7 @@ SCALED = {
     "original_max_position_embeddings": 64,
 }
 TEACHERS: dict[str, dict[str, Any]] = {
-    # A Mistral without sliding window, as Zephyr is, computes what a Llama does.
-    "zephyr_7b": LLAMA3 | {"tie_word_embeddings": False},
+    "zephyr_7b": LLAMA3 | {"model_type": "mistral", "sliding_window": 20, "tie_word_embeddings": False},
     "llama3_8b": LLAMA3
     | {"tie_word_embeddings": False, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
     "llama3.1_8b": LLAMA3 | {"tie_word_embeddings": False, "rope_parameters": SCALED},

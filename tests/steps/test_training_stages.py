@@ -205,7 +205,7 @@ def test_init_continues_from_a_student(chain, run):
     [
         ({"attention": [0, 1]}, r"layers \[0\] is to be kept, but they have none; choose among layers \[1\]"),
         ({"attention": [], "method": "paper"}, "need one init_from_attention.method"),
-        ({"attention": [], "rope": True}, "one init_from_attention.rope"),
+        ({"attention": [], "rope": True}, "need one init_from_attention.method.* rope"),
     ],
 )
 def test_init_refuses_what_a_student_cannot_give(chain, run, change, said):
