@@ -50,6 +50,7 @@ SMALL = [
     "benchmark.enabled=false",
     "speculative_profile.enabled=false",
 ]
+SMALL += ["init_from_attention.d_state=2"]  # of Mamba-1, in heads of four channels
 SMALL += [f"{stage}.seq_len=48" for stage in ("kl_distill", "sft")]
 SMALL += [f"{stage}.batch_size=2" for stage in ("kl_distill", "sft", "dpo")]
 SMALL += [f"{stage}.accumulation=1" for stage in ("kl_distill", "sft", "dpo")]
