@@ -30,13 +30,14 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_blocks_of_a_kind_share_one_graph_without_breaks():
-    plain = tiny_hybrid.model()
+@pytest.mark.parametrize("mixer", [{}, {"mixer": "mamba1", "d_state": 4}], ids=["mamba2", "mamba1"])
+def test_blocks_of_a_kind_share_one_graph_without_breaks(mixer):
+    plain = tiny_hybrid.model(**mixer)
     model = copy.deepcopy(plain)
     counter = CompileCounterWithBackend("aot_eager")
     compile_blocks(model, backend=counter)
     found, wanted = gradients(model), gradients(plain)
-    assert counter.frame_count == 2, "one for attention, one for Mamba-2"
+    assert counter.frame_count == 2, "one for attention, one for Mamba"
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5, msg=name)
@@ -50,10 +51,17 @@ def test_a_cpu_runs_as_before():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "family", [{}, {"sliding_window": 20}, {"attention_bias": True, "qk_norm": True, "no_rope_layers": (1,)}], ids=str
+    "changes",
+    [
+        {},
+        {"mixer": "mamba1"},
+        {"sliding_window": 20},
+        {"attention_bias": True, "qk_norm": True, "no_rope_layers": (1,)},
+    ],
+    ids=str,
 )
-def test_compiled_is_eager_and_leaves_no_trace(family):
-    plain = tiny_hybrid.model(head_dim=16, **family).cuda()
+def test_compiled_is_eager_and_leaves_no_trace(changes):
+    plain = tiny_hybrid.model(head_dim=16, **changes).cuda()
     model = copy.deepcopy(plain)
     with compiled_blocks(model):
         found = gradients(model)
