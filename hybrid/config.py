@@ -69,6 +69,9 @@ class HybridConfig:
     no_rope_layers: tuple[int, ...] = ()
     """Layers whose queries and keys, or whose mixer's C and B, are not rotated by position."""
 
+    reads_features: bool = False
+    """A draft of `features:`: with each token it reads what the model it drafts for made of the token before."""
+
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")

@@ -60,7 +60,9 @@ class NGramDraft:
 class ModelDraft:
     """A smaller `HybridForCausalLM`: any layers, any mixers, the same tokenizer.
 
-    It shares the engine's cursors, so that what the engine forgets it forgets too.
+    It shares the engine's cursors, so that what the engine forgets it forgets too. One that reads features has the
+    model's own for the first token of a round, and for those after its own in their place, which are what it keeps of
+    them.
     """
 
     def __init__(self, model: HybridForCausalLM) -> None:
@@ -72,6 +74,11 @@ class ModelDraft:
             raise ValueError(
                 f"the draft has a vocabulary of {self.model.config.vocab_size} tokens and the model one of "
                 f"{engine.model.config.vocab_size}: take a draft with the model's own tokenizer"
+            )
+        if self.model.config.reads_features and self.model.config.d_model != engine.model.config.d_model:
+            raise ValueError(
+                f"the draft reads features of d_model {self.model.config.d_model} and the model has "
+                f"{engine.model.config.d_model}: take a draft that was made of this model"
             )
         if self.model.device != engine.device:
             raise ValueError(f"the draft is on {self.model.device} and the model on {engine.device}: put both on one")
@@ -87,10 +94,12 @@ class ModelDraft:
     def propose(self, engine: DecodeEngine) -> Tensor | None:
         assert self.cache is not None
         k, sampling = engine.k, engine.sampling
+        features = engine.features if self.model.config.reads_features else None
         drawn = []
         for i in range(k):
-            token = engine.tokens[:, i : i + 1]
-            logits = self.model.decode(token, self.cache, engine.slots, i, engine.logits_dtype)
+            x = self.model.read(engine.tokens[:, i : i + 1], self.cache, engine.slots, i, features)
+            logits = self.model.logits(x, engine.logits_dtype)
+            features = None if features is None else x
             if sampling.greedy:
                 token = dispatch.greedy(logits)
             else:
@@ -99,6 +108,6 @@ class ModelDraft:
                 drawn.append(q)
             engine.tokens[:, i + 1].copy_(token)
         # The last proposal is read too: if all are accepted, the next round begins after it.
-        self.model.read(engine.tokens[:, k:], self.cache, engine.slots, offset=k)
+        self.model.read(engine.tokens[:, k:], self.cache, engine.slots, k, features)
         engine.n_draft.fill_(k)
         return torch.stack(drawn, dim=1) if drawn else None

@@ -122,6 +122,8 @@ class DecodeEngine:
         self.text = self._integers(batch, max_length + window)
         self.tokens = self._integers(batch, window)
         """The round's window: the last known token, then the proposals."""
+        self.features = torch.zeros(batch, model.config.d_model, dtype=model.dtype, device=self.device)
+        """The model's residual stream after its last block, at the token before the last known one."""
         self.slots = self._integers(batch).fill_(-1)
         self.ends, self.counts = self._integers(batch), self._integers(batch)
         self.emitted = self._integers(batch, window)
@@ -134,10 +136,12 @@ class DecodeEngine:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: list[int] = []
         self._q: Tensor | None = None
-        self._logits = torch.empty(0)
+        self._residual = self._logits = torch.empty(0)
+        self._wants_features = False
         self._choose(sampling or Sampling())
         if draft is not None:
             draft.allocate(self)
+            self._wants_features = any(m.config.reads_features for _, m in draft.readers())
 
     def _choose(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -224,7 +228,8 @@ class DecodeEngine:
             self._q = self.draft.propose(self)
 
     def _verify(self) -> None:
-        self._logits = self.model.decode(self.tokens, self.cache, self.slots, logits_dtype=self.logits_dtype)
+        self._residual = self.model.read(self.tokens, self.cache, self.slots)
+        self._logits = self.model.logits(self._residual, self.logits_dtype)
 
     def _accept(self) -> None:
         draft, logits, sampling = self.tokens[:, 1:], self._logits, self.sampling
@@ -266,6 +271,9 @@ class DecodeEngine:
             self.rounds,
         )
         self.tokens[:, 0].copy_(following)
+        if self._wants_features:
+            kept = accepted.clamp(0, self.k).long()[:, None, None].expand(-1, 1, self.features.shape[1])
+            self.features.copy_(self._residual.view(*shape, -1).gather(1, kept)[:, 0])
 
     def _warm_up(self) -> None:
         """Compile and capture the round, once for as long as the weights lie where they do: a graph reads addresses.
@@ -288,9 +296,19 @@ class DecodeEngine:
         self.ends[:rows] = counts + torch.tensor(max_new_tokens, device=self.device)
         for tally in (self.rounds, self.proposed, self.accepted):
             tally.zero_()
+        features: Tensor | None = None
         for cache, model in self._readers():
             cache.reset(model)
-            _prefill(model, cache, tokens[:, :-1], counts - 1)
+            own = model is self.model
+            given = _prefill(
+                model, cache, tokens[:, :-1], counts - 1, None if own else features, own and self._wants_features
+            )
+            if given is not None:
+                # One place later: what a token is read with is of the token before it, and zero at the start.
+                given = torch.nn.functional.pad(given, (0, 0, 1, 0))
+                last = (counts - 1)[:, None, None].expand(-1, 1, given.shape[2])
+                self.features[:rows] = given.gather(1, last)[:, 0]
+                features = given[:, :-1]
         self.slots.fill_(-1)
         self.slots[:rows] = torch.arange(rows, dtype=torch.int32, device=self.device)
 
@@ -368,19 +386,37 @@ def _captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _prefill(model: HybridForCausalLM, cache: HybridCache, tokens: Tensor, counts: Tensor) -> None:
-    """Append counts (B,) tokens of each row of tokens (B, L) to the cache's first rows, piece by piece."""
+def _prefill(
+    model: HybridForCausalLM,
+    cache: HybridCache,
+    tokens: Tensor,
+    counts: Tensor,
+    features: Tensor | None = None,
+    keep: bool = False,
+) -> Tensor | None:
+    """Append counts (B,) tokens of each row of tokens (B, L) to the cache's first rows, piece by piece.
+
+    features (B, L, d_model): of a draft that reads them. keep: give the residual stream after the last block,
+    (B, L, d_model).
+    """
+    kept = tokens.new_zeros(*tokens.shape, model.config.d_model, dtype=model.dtype) if keep else None
     length = int(counts.max())
     if length == 0:
-        return
+        return kept
+    reads = features is not None and model.config.reads_features
     rows = max(1, PREFILL_TOKENS // length)
     for start in range(0, tokens.shape[0], rows):
         stop = min(start + rows, tokens.shape[0])
         view = cache.rows(start, stop)
         for column in range(0, length, PREFILL_TOKENS):
             part = tokens[start:stop, column : column + PREFILL_TOKENS]
-            model.hidden(part, cache=view, counts=(counts[start:stop] - column).clamp(0, part.shape[1]))
+            given = features[start:stop, column : column + PREFILL_TOKENS] if reads else None
+            part_counts = (counts[start:stop] - column).clamp(0, part.shape[1])
+            x = model.residual(part, cache=view, counts=part_counts, features=given)
+            if kept is not None:
+                kept[start:stop, column : column + PREFILL_TOKENS] = x
     cache.fresh = False
+    return kept
 
 
 def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:

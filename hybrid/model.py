@@ -98,6 +98,12 @@ class Backbone(nn.Module):
 
 
 class HybridForCausalLM(nn.Module):
+    """The model; where its config says `reads_features`, a draft that reads features beside tokens.
+
+    features (…, d_model) of a token: the residual stream after the last block, of the model that is drafted for, at the
+    token before (Li et al., 2401.15077); zeros where there is none, or where nothing is known of it.
+    """
+
     inv_freq: Tensor
     blocks_compiled = False
     """Set by `hybrid.compiled`."""
@@ -108,6 +114,9 @@ class HybridForCausalLM(nn.Module):
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.reads_features:
+            self.feature_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+            self.feature_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
 
     @property
@@ -151,6 +160,20 @@ class HybridForCausalLM(nn.Module):
         right-padded, padding is inert. That is how prompts of any length are read; `decode` reads a few tokens, faster,
         and keeps none by itself.
         """
+        return self.model.norm(self.residual(tokens, seq_idx, cache, counts))
+
+    def residual(
+        self,
+        tokens: Tensor,
+        seq_idx: Tensor | None = None,
+        cache: HybridCache | None = None,
+        counts: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """What `hidden` is the norm of: the residual stream after the last block, (B, L, d_model).
+
+        features (B, L, d_model): of a model that reads them, for each token.
+        """
         batch, length = tokens.shape
         span: Span | None = None
         positions = document_positions(seq_idx, batch, length, tokens.device)
@@ -164,6 +187,8 @@ class HybridForCausalLM(nn.Module):
             span = Span(cache.cursors.lengths.long(), counts.long())
             mask, positions = _cached_mask(cache, span, length, self.config.sliding_window)
         x = self._embedded(tokens)
+        if features is not None:
+            x = x + self.feature_proj(self.feature_norm(features)).to(x.dtype)
         rope = rope_tables(self.inv_freq, positions, x.dtype)
         for index, block in enumerate(self.blocks):
             x = block(x, rope, mask, seq_idx, None if cache is None else cache.layers[index], span, positions)
@@ -171,7 +196,7 @@ class HybridForCausalLM(nn.Module):
             cache.fresh = False
             for cursor in (cache.cursors.lengths, cache.cursors.folded):
                 cursor.copy_(span.start + span.counts)
-        return self.model.norm(x)
+        return x
 
     def mixing(
         self, tokens: Tensor, seq_idx: Tensor | None, layers: Collection[int]
@@ -231,12 +256,20 @@ class HybridForCausalLM(nn.Module):
         window 1 takes its token into the SSM states at once. logits_dtype: float32 keeps greedy decoding from ties that
         are none. Raises ValueError if the window is longer than the cache's.
         """
-        norm = self.model.norm
-        x = self.read(tokens, cache, slots, offset)
-        return dispatch.norm_linear(x, norm.weight, norm.eps, self.lm_head_weight, out_dtype=logits_dtype)
+        return self.logits(self.read(tokens, cache, slots, offset), logits_dtype)
 
-    def read(self, tokens: Tensor, cache: HybridCache, slots: Tensor, offset: int = 0) -> Tensor:
-        """What `decode` makes logits of: the residual stream (B·T, d_model) after the last block."""
+    def logits(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits (M, V) of M rows of what `read` gives."""
+        norm = self.model.norm
+        return dispatch.norm_linear(x, norm.weight, norm.eps, self.lm_head_weight, out_dtype=dtype)
+
+    def read(
+        self, tokens: Tensor, cache: HybridCache, slots: Tensor, offset: int = 0, features: Tensor | None = None
+    ) -> Tensor:
+        """What `decode` makes logits of: the residual stream (B·T, d_model) after the last block.
+
+        features (B·T, d_model): of a model that reads them, for each token.
+        """
         batch, length = tokens.shape
         if offset + length > cache.window:
             raise ValueError(
@@ -245,6 +278,10 @@ class HybridForCausalLM(nn.Module):
             )
         step = DecodeStep(batch, length, slots, cache.cursors, cache.window, offset, cache.rope)
         x = embedding(tokens, self.model.embed_tokens.weight).view(batch * length, -1)
+        if features is not None:
+            norm = self.feature_norm
+            projected = dispatch.norm_linear(features, norm.weight, norm.eps, self.feature_proj.weight)
+            x = x + projected.to(x.dtype)
         for layer, state in zip(self.blocks, cache.layers, strict=True):
             mixer: Any = layer.self_attn if layer.is_attention else layer.mamba
             x = mixer.decode(x, layer.input_layernorm, state, step)

@@ -475,8 +475,9 @@ class DraftConfig(TrainConfig):
 
     kind: str = "ngram"
     """`ngram`: look-up in the text so far, no weights, no training. `layers:[0, 29]`: these layers of the student,
-    trained against the student on text of its own. `checkpoint:SOURCE`: a model with the same tokenizer, SOURCE as
-    `teacher.source`."""
+    trained against the student on text of its own. `features:[29]`: such layers that read, beside each token, what the
+    student made of the token before (Li et al., 2401.15077). `checkpoint:SOURCE`: a model with the same tokenizer,
+    SOURCE as `teacher.source`."""
     ngram: PositiveInt = 3
     """Longest suffix looked up in the text so far, by `ngram`."""
     conversations: PositiveInt = 256
@@ -491,6 +492,9 @@ class DraftConfig(TrainConfig):
     """Of the sampled answers; 0 makes all of them greedy."""
     top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     generation_batch: PositiveInt = 64
+    passes: PositiveInt = 3
+    """Of `features:` in training: the first reads the student's features, each later one those of the pass before, as
+    the second and later tokens of a proposal do."""
     loss: Literal["forward", "reverse", "jsd"] = "forward"
     mixer_lr: float = Field(default=1e-3, ge=0.0, le=1.0)
     rest_lr: float = Field(default=1e-3, ge=0.0, le=1.0)
@@ -500,10 +504,10 @@ class DraftConfig(TrainConfig):
     def _kind_is_known(cls, value: str) -> str:
         if value == "ngram" or re.match(r"checkpoint:(wheel|hf|file):.+", value):
             return value
-        listed = re.fullmatch(r"layers:\[([0-9, ]*)\]", value)
+        listed = re.fullmatch(r"(layers|features):\[([0-9, ]*)\]", value)
         if not listed:
-            raise ValueError(f"given {value!r}; expected ngram, layers:[0, 29] or checkpoint:SOURCE")
-        layers = _layer_numbers(listed[1])
+            raise ValueError(f"given {value!r}; expected ngram, layers:[0, 29], features:[29] or checkpoint:SOURCE")
+        layers = _layer_numbers(listed[2])
         if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
             raise ValueError(f"given {value!r}; expected at least one layer number, each larger than the one before")
         return value
@@ -511,7 +515,12 @@ class DraftConfig(TrainConfig):
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers of the student that the draft is made of; empty for other kinds."""
-        return _layer_numbers(self.kind[8:-1]) if self.kind.startswith("layers:") else ()
+        is_made = self.kind.startswith(("layers:", "features:"))
+        return _layer_numbers(self.kind.partition("[")[2][:-1]) if is_made else ()
+
+    @property
+    def reads_features(self) -> bool:
+        return self.kind.startswith("features:")
 
     @property
     def source(self) -> str:

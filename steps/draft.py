@@ -2,7 +2,8 @@
 
 Some of the student's own layers, trained against the student on text of its own (2408.15237 §5.3, "shrink and
 fine-tune"): what a draft is worth is how often it agrees with the model that verifies it, so that model is the one to
-imitate, and on what it says itself. Or a checkpoint that fits.
+imitate, and on what it says itself. Such layers may read the student's features besides (Li et al., 2401.15077; the
+later passes over a batch as in 2503.01840, §3.2). Or a checkpoint that fits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from steps.loop import autocast, train
 from steps.losses import kl_loss
 from steps.stage import Checkpoints, Progress, StageContext
 from steps.students import TokenBatch, compute_type, load_student, token_batches
-from steps.utilisation import FORWARD, matrix_weights
+from steps.utilisation import FORWARD, TRAINED, matrix_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +51,17 @@ def run(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: Sta
     return _fetched(config, inputs, out, context) if config.source else _shrunk(config, inputs, out, context)
 
 
-def shrink(student: HybridForCausalLM, layers: Sequence[int]) -> HybridForCausalLM:
-    """A model of these layers of the student, with copies of its embedding, final norm and head."""
+def shrink(student: HybridForCausalLM, layers: Sequence[int], reads_features: bool = False) -> HybridForCausalLM:
+    """A model of these layers of the student, with copies of its embedding, final norm and head.
+
+    reads_features: it has a projection of features besides, which is zero.
+    """
     depth = student.config.n_layers
     wrong = [layer for layer in layers if layer >= depth]
     if wrong:
         raise DraftError(f"draft.kind names layers {wrong}, but the student has {depth}, 0 to {depth - 1}")
     with torch.device("meta"):
-        draft = HybridForCausalLM(student.config.of_layers(layers))
+        draft = HybridForCausalLM(replace(student.config.of_layers(layers), reads_features=reads_features))
     place = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
     weights = {}
     for name, weight in student.named_parameters():
@@ -67,13 +71,37 @@ def shrink(student: HybridForCausalLM, layers: Sequence[int]) -> HybridForCausal
         prefix = ".".join(name.split(".")[:3]) + "."
         if prefix in place:
             weights[place[prefix] + name.removeprefix(prefix)] = weight.detach().clone()
+    if reads_features:
+        norm = student.model.norm.weight.detach()
+        weights["feature_norm.weight"] = torch.ones_like(norm)
+        weights["feature_proj.weight"] = norm.new_zeros(len(norm), len(norm))
     draft.load_state_dict(weights, assign=True)
     draft.inv_freq = student.inv_freq.clone()
     return draft.requires_grad_(False).eval()
 
 
+def shifted(features: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """Features (B, L, d_model) of tokens → of the tokens before them, zeros at the start of each document."""
+    moved = torch.nn.functional.pad(features, (0, 0, 1, 0))[:, :-1]
+    if seq_idx is None:
+        return moved
+    goes_on = torch.nn.functional.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (1, 0))
+    return moved * goes_on[..., None]
+
+
+class _Informed:
+    """A draft as a model of tokens alone: it finds the features that it reads."""
+
+    def __init__(self, draft: HybridForCausalLM, target: HybridForCausalLM) -> None:
+        self.draft, self.target, self.lm_head_weight = draft, target, draft.lm_head_weight
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        features = shifted(self.target.residual(tokens), None)
+        return self.draft.model.norm(self.draft.residual(tokens, features=features))
+
+
 def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    draft = shrink(load_student(inputs, context), config.layers)
+    draft = shrink(load_student(inputs, context), config.layers, config.reads_features)
     # In the type in which it will be decoded: that is the model whose tokens are to be foreseen.
     target = load_pretrained(inputs["student"], context.device, compute_type(context))
     text, checkpoints = _text(config, inputs, target, context)
@@ -83,11 +111,17 @@ def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context:
 
     def loss_function(model: HybridForCausalLM, batch: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            taught = target.hidden(batch.tokens, batch.seq_idx)
-        hidden = model.hidden(batch.tokens, batch.seq_idx)
+            x = target.residual(batch.tokens, batch.seq_idx)
+            taught = target.model.norm(x)
         head, target_head = model.lm_head_weight, target.lm_head_weight
-        return kl_loss(hidden, head, taught, target_head, batch.mask, config.loss), {}
+        losses = []
+        for _ in range(passes):
+            features = shifted(x, batch.seq_idx) if config.reads_features else None
+            x = model.residual(batch.tokens, batch.seq_idx, features=features)
+            losses.append(kl_loss(model.model.norm(x), head, taught, target_head, batch.mask, config.loss))
+        return torch.stack(losses).mean(), {}
 
+    passes = config.passes if config.reads_features else 1
     batches = token_batches(out / TEXT, config, context)
     summary = train(
         draft,
@@ -96,7 +130,7 @@ def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context:
         config,
         replace(context, checkpoints=checkpoints),
         teacher=target,
-        forward_flops=FORWARD * matrix_weights(target),
+        forward_flops=FORWARD * matrix_weights(target) + (passes - 1) * TRAINED * matrix_weights(draft),
         one_shape=True,
     )
     save_pretrained(draft, out, tokenizer_from=inputs["student"])
@@ -250,6 +284,7 @@ def _agreement(
 ) -> dict[str, Any]:
     """KL(target ‖ draft) in nats per token and top-1 agreement on replies: of a greedy reply, the latter is what share
     of tokens the draft would propose as the target says them."""
+    model = cast(HybridForCausalLM, _Informed(draft, target)) if draft.config.reads_features else draft
     blocks = []
     for index, name in enumerate(text.ids):
         first = int(text.assistant[text.starts[index] : text.starts[index + 1]].argmax())
@@ -258,7 +293,7 @@ def _agreement(
     if not blocks:
         return {"kl": None, "top1": None, "tokens": 0, "conversations": 0}
     with autocast(context):
-        found = summarise(token_scores(draft, blocks, target))
+        found = summarise(token_scores(model, blocks, target))
     return {
         "kl": found["kl_mean"],
         "top1": found["top1"],

@@ -242,6 +242,7 @@ _PARTS = (
     (".mlp.", "mlp"),
     ("norm", "norms"),
     ("embed_tokens", "embeddings"),
+    ("feature_proj", "embeddings"),
     ("lm_head", "embeddings"),
 )
 """What marks a parameter's name → its part as `TrainConfig.frozen` calls it; the first that fits."""

@@ -20,6 +20,8 @@ PEAK_FLOPS = {
 }
 """Dense bfloat16 FLOP/s by what torch.cuda.get_device_name() contains, the longer name first; NVIDIA's data sheets."""
 
+TRAINED = 6
+"""FLOPs per token and weight of a matrix that trains: one pass forward and two backward."""
 FORWARD = 2
 """FLOPs per token and weight of a matrix that only runs forward: one multiplication and one addition."""
 

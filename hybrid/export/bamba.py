@@ -65,6 +65,8 @@ def check(config: HybridConfig) -> None:
         reasons.append(f"the attention of layers {list(config.no_rope_layers)} has no rotary positions, Bamba's has")
     if not config.attention_layers:
         reasons.append("it has no layer of attention, and transformers' cache of a Bamba needs one")
+    if config.reads_features:
+        reasons.append("it is a draft that reads another model's features")
     refuse("Bamba", reasons)
 
 

@@ -58,11 +58,16 @@ class HybridLlamaConfig(PreTrainedConfig):
         qk_norm: bool = False,
         sliding_window: int | None = None,
         no_rope_layers: list[int] | tuple[int, ...] = (),
+        reads_features: bool = False,
         family: str = "llama",
         **kwargs: Any,
     ) -> None:
         if mixer not in MIXERS:
             raise ValueError(f"mixer {mixer!r} is not supported; supported: {', '.join(MIXERS)}")
+        if reads_features:
+            raise ValueError(
+                "a draft that reads another model's features is no model by itself: decode with mamballama"
+            )
         if gqa_mapping != "heads":
             raise ValueError(
                 f"gqa_mapping {gqa_mapping!r} is not supported here; supported: 'heads'; "
@@ -100,6 +105,7 @@ class HybridLlamaConfig(PreTrainedConfig):
         self.qk_norm = qk_norm
         self.sliding_window = sliding_window
         self.no_rope_layers = list(no_rope_layers)
+        self.reads_features = reads_features
         self.family = family
         super().__init__(**kwargs)
 

@@ -82,6 +82,7 @@ DRAFTS = {
     "n-gram": lambda model, texts: NGramDraft(2),
     "the model itself": lambda model, texts: ModelDraft(model),
     "another model": lambda model, texts: ModelDraft(build(5)),
+    "a reader of features": lambda model, texts: ModelDraft(build(5, reads_features=True)),
 }
 
 
@@ -125,6 +126,41 @@ def test_greedy_speculation_is_greedy(model, draft, k, rows):
             assert row.rounds == -(-COUNT // (k + 1))
         if draft == "always wrong":
             assert row.rounds == COUNT and sum(row.accepted) == 0
+
+
+class Noting(ModelDraft):
+    """Keeps where each round began and what was proposed first."""
+
+    def propose(self, engine: DecodeEngine) -> Tensor | None:
+        drawn = super().propose(engine)
+        self.seen.append((engine.cache.cursors.lengths.tolist(), engine.tokens[:, 1].tolist()))
+        return drawn
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_draft_reads_the_models_features(model, k):
+    """While nothing is accepted, the first proposal of a round is what the draft says after the whole text, read with
+    the model's residual stream one token earlier. A prompt of one token has none before it."""
+    draft = Noting(build(5, reads_features=True))
+    draft.seen = []
+    prompts = [*PROMPTS, [3]]
+    engine = DecodeEngine(model, batch=4, max_length=LENGTH, draft=draft, k=k, eos_token_ids=(), graphs=False)
+    texts = [p + r for p, r in zip(prompts, engine.generate(prompts, COUNT).replies, strict=True)]
+    checked, untouched = 0, set(range(4))
+    for begin, proposals in draft.seen:
+        for row in list(untouched):
+            text, count = texts[row], begin[row] + 1
+            if count >= len(text):
+                untouched.discard(row)
+                continue
+            tokens = torch.tensor([text[:count]], device=model.device)
+            features = torch.nn.functional.pad(model.residual(tokens), (0, 0, 1, 0))[:, :-1]
+            said = draft.model.logits(draft.model.residual(tokens, features=features)[0, -1:])
+            assert int(said.argmax()) == proposals[row]
+            checked += 1
+            if text[count] == proposals[row]:
+                untouched.discard(row)
+    assert checked >= 2 * COUNT
 
 
 def test_long_texts_go_round_the_ring(hybrid):
@@ -213,10 +249,11 @@ def test_sampling_may_change_between_calls(hybrid):
     assert seen[1] == seen[2] == other.generate(PROMPTS, COUNT, seed=3).replies != seen[0]
 
 
-def test_sampled_speculation_follows_the_models_distribution():
+@pytest.mark.parametrize("reads_features", [False, True])
+def test_sampled_speculation_follows_the_models_distribution(reads_features):
     """The first two tokens of 3000 replies, against the distribution itself; draft and model differ."""
     changes = {"vocab_size": 5, "n_layers": 2, "attention_layers": (1,)}
-    model, other = build(0, **changes), build(1, **changes)
+    model, other = build(0, **changes), build(1, **changes, reads_features=reads_features)
     sampling, rows, prompt = Sampling(temperature=1.5, top_k=4), 500, [3, 1, 4]
     engine = DecodeEngine(
         model, batch=rows, max_length=8, draft=ModelDraft(other), k=2, sampling=sampling, eos_token_ids=()
@@ -339,7 +376,7 @@ def test_an_empty_suffix_is_refused():
 def test_a_graph_is_what_it_was_captured_from(model, sampling, k):
     made = []
     for graphs in (False, True):
-        draft = ModelDraft(build(5)) if k else None
+        draft = ModelDraft(build(5, reads_features=True)) if k else None
         engine = DecodeEngine(
             model, batch=4, max_length=LENGTH, draft=draft, k=k, sampling=sampling, graphs=graphs, eos_token_ids=()
         )
@@ -374,7 +411,7 @@ def test_interpreted_kernels_decode_what_the_plain_code_decodes(monkeypatch, kin
     """Every operator of a round, as one: two layers, two rows of which one is padding, a draft of another model."""
     changes = {"vocab_size": 24, "d_model": 16, "n_heads": 2, "n_kv_heads": 1, "intermediate_size": 16}
     changes |= {"n_layers": 2, "attention_layers": (1,), **kind}
-    model, other = build(0, **changes), build(1, **changes)
+    model, other = build(0, **changes), build(1, **changes, reads_features=bool(k % 2))
     for package in ("attention", "causal_conv", "gated_norm", "linear", "rms_norm", "rotary", "sampling"):
         interpreted(f"kernels_ext.{package}.kernel")
     for package in ("selective_scan", "speculation", "ssd", "swiglu"):

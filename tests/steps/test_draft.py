@@ -39,6 +39,7 @@ CONFIG = DraftConfig(
     warmup=0.2,
     checkpoint_every=2,
 )
+FEATURES = CONFIG.model_copy(update={"kind": "features:[2]"})
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,40 @@ def test_first_loss_by_hand(inputs, made, tmp_path, kind):
     if kind == "reverse":
         log_p, log_q = log_q, log_p
     assert summary["loss_first"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_passes_by_hand(inputs, tmp_path):
+    """With random projections the first pass reads the student's features, the second those of the first, each one
+    token later and never across documents."""
+    student = load_pretrained(inputs["student"])
+    small = draft.shrink(student, (2,), reads_features=True)
+    assert torch.equal(small(tiny_hybrid.tokens(2, 9)), draft.shrink(student, (2,))(tiny_hybrid.tokens(2, 9)))
+    torch.nn.init.normal_(small.feature_proj.weight, std=0.3)
+    summary, out = run(inputs, tmp_path, FEATURES.model_copy(update={"steps": 1, "passes": 1}))
+    batch = PackedBlocks(Shard.load(out / draft.TEXT), 61, 3).batch(0, 2)
+    text, seq_idx = torch.from_numpy(batch.tokens), torch.from_numpy(batch.seq_idx)
+    given = draft.shifted(student.residual(text, seq_idx), seq_idx)
+    for row in range(2):
+        for number in seq_idx[row].unique():
+            places = (seq_idx[row] == number).nonzero()[:, 0]
+            alone = text[row, places][None]
+            own = torch.nn.functional.pad(student.residual(alone), (0, 0, 1, 0))[:, :-1]
+            torch.testing.assert_close(given[row, places], own[0], rtol=1e-4, atol=1e-4)
+            both = small.residual(text, seq_idx, features=given)[row, places]
+            torch.testing.assert_close(both, small.residual(alone, features=own)[0], rtol=1e-4, atol=1e-4)
+    mask = torch.from_numpy(batch.loss_mask)
+    log_p, log_q = (log_softmax(m(text, seq_idx)[mask].double(), -1) for m in (student, draft.shrink(student, (2,))))
+    assert summary["loss_first"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_features_bring_it_nearer_to_the_student(inputs, tmp_path):
+    (with_them, out), (without, _) = (
+        run(inputs, tmp_path, FEATURES.model_copy(update={"kind": kind, "steps": 30}))
+        for kind in ("features:[2]", "layers:[2]")
+    )
+    assert load_pretrained(out).config.reads_features
+    assert with_them["start"]["kl"] == pytest.approx(without["start"]["kl"], rel=1e-4), "projections begin as zeros"
+    assert with_them["held_out"]["kl"] < 0.95 * without["held_out"]["kl"]
 
 
 def test_comes_nearer_to_the_student(made):
