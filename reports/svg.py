@@ -237,7 +237,7 @@ def forest(title: str, rows: Sequence[ForestRow], axis: Axis, *, zero: str, delt
     """
     top, bottom, step = 46, 44, 22
     left = round(30 + 6.6 * max(len(r.name) for r in rows))
-    right = round(16 + 6.2 * max(len(r.note) for r in rows))
+    right = round(16 + 7.2 * max(len(r.note) for r in rows))  # the widest of them are signs and digits
     width = max(WIDTH, left + LEAST_PLOT + right)
     height = top + bottom + step * (len(rows) + sum(r.first for r in rows))
     bounds = [v for r in rows for v in (r.low, r.high)] + [0.0] + ([] if delta is None else [delta])

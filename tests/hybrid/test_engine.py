@@ -325,6 +325,7 @@ def test_bytes_include_the_drafts(hybrid):
     ("options", "message"),
     [
         ({"draft": ModelDraft(build(vocab_size=96)), "k": 2}, "96 tokens.*97"),
+        ({"draft": ModelDraft(build(d_model=32, reads_features=True)), "k": 2}, "d_model 32 and the model has 48"),
         ({"draft": NGramDraft(), "k": 20, "ring": 32}, "ring of 32.*21 tokens.*at least 42"),
         ({"draft": NGramDraft(), "k": 0}, "k is 0"),
         ({"k": 3}, "draft is None"),

@@ -134,6 +134,7 @@ def test_large_exports_are_sharded(tmp_path, monkeypatch):
         ({"qk_norm": True}, "normalises q and k"),
         ({"sliding_window": 16}, "window of 16 tokens"),
         ({"no_rope_layers": (1,)}, r"layers \[1\] has no rotary"),
+        ({"reads_features": True}, "a draft that reads another model's features"),
     ],
 )
 def test_what_bamba_lacks_is_refused_with_the_reason(changes, reason):

@@ -220,6 +220,8 @@ def test_config_has_every_field_with_the_same_default():
         HybridLlamaConfig(mixer="rwkv")
     with pytest.raises(ValueError, match="gqa_mapping 'legacy' is not supported here"):
         HybridLlamaConfig(gqa_mapping="legacy")
+    with pytest.raises(ValueError, match="no model by itself"):
+        HybridLlamaConfig(reads_features=True)
 
 
 def test_code_of_other_software_is_in_no_stages_key():

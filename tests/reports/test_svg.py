@@ -115,7 +115,7 @@ def test_long_names_and_notes_make_a_forest_wider_and_leave_room_for_the_interva
     written = {e.text: float(e.get("x")) for e in root.iter("text")}
     ticks = [float(e.get("x1")) for e in root.iter("line") if e.get("class") == "grid"]
     assert written[name] - 6.6 * len(name) >= 0 and written[name] < min(ticks)
-    assert max(ticks) < written[note] and written[note] + 6 * len(note) <= float(root.get("width"))
+    assert max(ticks) < written[note] and written[note] + 7 * len(note) <= float(root.get("width"))
     assert max(ticks) - min(ticks) >= 200
 
 
