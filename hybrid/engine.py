@@ -403,14 +403,15 @@ def _prefill(
     length = int(counts.max())
     if length == 0:
         return kept
-    reads = features is not None and model.config.reads_features
+    if not model.config.reads_features:
+        features = None
     rows = max(1, PREFILL_TOKENS // length)
     for start in range(0, tokens.shape[0], rows):
         stop = min(start + rows, tokens.shape[0])
         view = cache.rows(start, stop)
         for column in range(0, length, PREFILL_TOKENS):
             part = tokens[start:stop, column : column + PREFILL_TOKENS]
-            given = features[start:stop, column : column + PREFILL_TOKENS] if reads else None
+            given = None if features is None else features[start:stop, column : column + PREFILL_TOKENS]
             part_counts = (counts[start:stop] - column).clamp(0, part.shape[1])
             x = model.residual(part, cache=view, counts=part_counts, features=given)
             if kept is not None:

@@ -1,7 +1,7 @@
 """Training stages on a tiny student, on as many processes as it is started on.
 
-`torchrun … processes.py FOLDER`: runs every scenario of SCENARIOS; process 0 writes NAME.json, the loop's summary, and
-NAME.safetensors, the student's weights.
+`torchrun … processes.py FOLDER [NAME …]`: runs these scenarios of SCENARIOS, or all; process 0 writes NAME.json, the
+loop's summary, and NAME.safetensors, the student's weights.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def run_stopped(folder: Path) -> None:
 
 
 def run_continued(folder: Path) -> tuple[HybridForCausalLM, dict[str, Any]]:
-    """From the checkpoint that one process left."""
-    return run_kl(folder, kept=checkpoints(folder.parent / "one") if distributed.rank() == 0 else None)
+    """From the checkpoint that another number of processes left."""
+    return run_kl(folder, kept=checkpoints(folder.parent / "stopped") if distributed.rank() == 0 else None)
 
 
 SCENARIOS = {
@@ -133,6 +133,8 @@ def main() -> None:
         own = folder / str(distributed.rank())
         own.mkdir()
         for name, scenario in SCENARIOS.items():
+            if name not in (sys.argv[2:] or SCENARIOS):
+                continue
             model, summary = scenario(own)
             whole = distributed.gathered(model)
             if whole is not None:

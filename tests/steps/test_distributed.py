@@ -1,9 +1,10 @@
-"""Two processes against one: the same losses, the same weights, each other's checkpoints."""
+"""Two and four processes against one: the same losses, the same weights, each other's checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,17 +31,33 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """Folder of what two processes made; in its folder `one` is a checkpoint of a run that one process stopped."""
+    """Folder of what two processes made; in its folder `stopped` is a checkpoint of a run that one process stopped."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "one").mkdir()
-    processes.run_stopped(folder / "one")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", processes.__file__, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (folder / "stopped").mkdir()
+    processes.run_stopped(folder / "stopped")
+    launch(2, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(two, tmp_path_factory) -> Path:
+    """Folder of what four processes made, one row of a micro-batch each; `continued` from where two had stopped."""
+    folder = tmp_path_factory.mktemp("four")
+    shutil.copytree(two / "0", folder / "stopped")
+    launch(4, folder, "kl", "continued")
+    return folder
+
+
+def launch(count: int, folder: Path, *names: str) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", processes.__file__]
     done = subprocess.run(
-        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *command, str(folder), *names],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
-    return folder
 
 
 def assert_same_run(summary, weights, wanted) -> None:
@@ -81,6 +98,14 @@ def test_processes_share_tokens_that_count_unequally(two, monkeypatch):
         assert [a + b for a, b in zip(first, second, strict=True)] == pytest.approx([1.0] * 6)
         assert any(abs(a - 0.5) > 0.01 for a in first)
     assert 0.0 in (*shares["assistant_loss"][0], *shares["assistant_loss"][1])
+
+
+@pytest.mark.parametrize("name", ["kl", "continued"])
+def test_four_processes_train_as_one_does(one, four, name):
+    """`continued` on from a checkpoint that two of them wrote, which is whole."""
+    summary = json.loads((four / f"{name}.json").read_text())
+    assert summary["processes"] == 4
+    assert_same_run(summary, load_file(four / f"{name}.safetensors"), one["kl"])
 
 
 def test_stopped_on_two_goes_on_on_one(one, two, tmp_path):
