@@ -68,7 +68,6 @@ class HybridConfig:
     """Tokens that attention sees, the token itself among them; None is all."""
     no_rope_layers: tuple[int, ...] = ()
     """Layers whose queries and keys, or whose mixer's C and B, are not rotated by position."""
-
     reads_features: bool = False
     """A draft of `features:`: with each token it reads what the model it drafts for made of the token before."""
 

@@ -60,9 +60,9 @@ class NGramDraft:
 class ModelDraft:
     """A smaller `HybridForCausalLM`: any layers, any mixers, the same tokenizer.
 
-    It shares the engine's cursors, so that what the engine forgets it forgets too. One that reads features has the
-    model's own for the first token of a round, and for those after its own in their place, which are what it keeps of
-    them.
+    It shares the engine's cursors, so that what the engine forgets it forgets too. One that reads features takes
+    the model's for the first token of a round and its own for the later ones, whose place in its cache they keep even
+    if the tokens are accepted.
     """
 
     def __init__(self, model: HybridForCausalLM) -> None:

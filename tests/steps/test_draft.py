@@ -142,9 +142,8 @@ def test_first_loss_by_hand(inputs, made, tmp_path, kind):
     assert summary["loss_first"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
 
 
-def test_passes_by_hand(inputs, tmp_path):
-    """With random projections the first pass reads the student's features, the second those of the first, each one
-    token later and never across documents."""
+def test_features_by_hand(inputs, tmp_path):
+    """Features are read one token later and never across documents, and projections that are zero change nothing."""
     student = load_pretrained(inputs["student"])
     small = draft.shrink(student, (2,), reads_features=True)
     assert torch.equal(small(tiny_hybrid.tokens(2, 9)), draft.shrink(student, (2,))(tiny_hybrid.tokens(2, 9)))
