@@ -40,7 +40,7 @@ def training_flops(model: HybridForCausalLM, called: Sequence[Any] = ()) -> int:
     """FLOPs per token of forward and backward through `model`, or through the mixers `called` on inputs that have no
     gradient: 6 N for weights that train, 4 N for frozen ones, of which no gradient is taken."""
     if called:
-        return sum(TRAINED * matrix_weights(mixer) - FORWARD * matrix_weights(mixer.in_proj) for mixer in called)
+        return sum(TRAINED * matrix_weights(mixer) - 2 * matrix_weights(mixer.in_proj) for mixer in called)
     return 4 * matrix_weights(model) + 2 * matrix_weights(model, trained=True)
 
 
