@@ -95,8 +95,9 @@ def _timed(
     batch, context = len(prompts), len(prompts[0])
     engine = DecodeEngine(model, batch=batch, max_length=context + config.tokens, eos_token_ids=())
     shortest = min(config.tokens, WARM_UP_TOKENS)
+    engine.generate(prompts, 1)  # compiles kernels where a process has not yet; the second call captures graphs
     seconds_per_token = engine.generate(prompts, shortest).decode_seconds / shortest
-    began = time.monotonic()  # after the warm-up, which compiles kernels where a process has not yet
+    began = time.monotonic()
     affordable = int(config.seconds_per_cell / config.repeats / seconds_per_token)
     tokens = min(config.tokens, max(shortest, affordable))
     for repeat in range(config.repeats):

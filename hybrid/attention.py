@@ -113,11 +113,9 @@ class Attention(nn.Module):
             return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         if cache is not None:
             assert positions is not None
-            index = positions[:, None, :, None].expand(-1, self.n_kv_heads, -1, self.head_dim)
-            cache.k.scatter_(2, index, k.to(cache.k.dtype))
-            cache.v.scatter_(2, index, v.to(cache.v.dtype))
+            cache.append(k, v, positions)
             if mask is not None:
-                k, v = (t[:, :, : mask.shape[-1]].to(q.dtype) for t in (cache.k, cache.v))
+                k, v = (t.to(q.dtype) for t in cache.first(mask.shape[-1]))
         if self.n_heads != self.n_kv_heads:
             ratio = self.n_heads // self.n_kv_heads
             k, v = k.repeat_interleave(ratio, dim=1), v.repeat_interleave(ratio, dim=1)

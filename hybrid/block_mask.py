@@ -3,6 +3,8 @@ the compiler's modules cost seconds."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -22,6 +24,15 @@ def document_block_mask(seq_idx: Tensor, sliding_window: int | None = None) -> B
 _create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
+TILES: dict[str, int] = {
+    **{"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
+    **{"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 32},
+    **{"bwd_num_warps": 4, "bwd_num_stages": 3},
+}
+"""For heads of 64 on an H200, where the compiler's own choice takes a tenth more for documents of some 250 tokens."""
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """softmax(q·kᵀ/√P) v of what the mask shows; q (B, H, L, P), k and v (B, G, L, P), H a multiple of G."""
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    tiles: Any = TILES if q.shape[3] == 64 and q.shape[2] >= 128 else None
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=tiles)

@@ -42,10 +42,25 @@ class Cursors:
 
 @dataclass
 class KVCache:
-    """Keys and values of one attention layer: (S, G, M, P). Entries at and after a row's length are never read."""
+    """Keys and values of one attention layer: (S, G, M, P). Entries at and after a row's length are never read.
+
+    slots (B,) int64: of the rows that `append` and `first` speak of; None is all of them in order.
+    """
 
     k: Tensor
     v: Tensor
+    slots: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Keep k and v (B, G, L, P) of tokens at positions (B, L) int64."""
+        slots = torch.arange(len(k), device=k.device) if self.slots is None else self.slots
+        for kept, new in ((self.k, k), (self.v, v)):
+            kept[slots[:, None], :, positions] = new.transpose(1, 2).to(kept.dtype)
+
+    def first(self, width: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, width, P) of the first positions."""
+        slots = slice(None) if self.slots is None else self.slots
+        return self.k[slots, :, :width], self.v[slots, :, :width]
 
 
 @dataclass
@@ -55,7 +70,7 @@ class SSMCache:
     state: (S, H, P, N) for Mamba-2, (S, d_inner, N) for Mamba-1, float32 or bfloat16.
     conv: (S, R, channels), R = d_conv − 1 + window.
     ring_x, ring_B: (S, L, G, P) and (S, L, G, N); ring_dt: (S, H, L) float32, (S, L, d_inner) for Mamba-1. None where
-    tokens are only ever read one by one, each written into the state at once.
+    tokens are only ever read one by one, each written into the state at once, and no mixer has a window.
     A: the layer's negative decays in float32, (H,) or (d_inner, N), as they were when the cache was last reset.
     """
 
@@ -78,17 +93,17 @@ class Span:
         """(B, length) bool: which of a right-padded row's tokens are to be appended."""
         return torch.arange(length, device=self.counts.device) < self.counts[:, None]
 
-    def conv_inputs(self, ring: Tensor, d_conv: int) -> Tensor:
-        """(B, d_conv − 1, C): the convolution's inputs before `start`, zeros before the text."""
-        positions = self.start[:, None] + torch.arange(1 - d_conv, 0, device=ring.device)
+    def inputs_before(self, ring: Tensor, count: int) -> Tensor:
+        """(B, count, C): what the ring holds of the tokens before `start`, zeros before the text."""
+        positions = self.start[:, None] + torch.arange(-count, 0, device=ring.device)
         index = (positions % ring.shape[1])[..., None].expand(-1, -1, ring.shape[2])
         return torch.where(positions[..., None] >= 0, ring.gather(1, index), 0)
 
-    def keep_conv_inputs(self, ring: Tensor, inputs: Tensor, d_conv: int) -> None:
-        """Store the last d_conv − 1 inputs of the appended text; `inputs` begins with those before `start`."""
-        back = torch.arange(d_conv - 1, device=ring.device)
+    def keep_inputs(self, ring: Tensor, inputs: Tensor, count: int) -> None:
+        """Store the last `count` inputs of the appended text; `inputs` begins with as many before `start`."""
+        back = torch.arange(count, device=ring.device)
         index = (self.counts[:, None] + back)[..., None].expand(-1, -1, inputs.shape[2])
-        positions = (self.start + self.counts)[:, None] + back - (d_conv - 1)
+        positions = (self.start + self.counts)[:, None] + back - count
         slots = (positions % ring.shape[1])[..., None].expand_as(index)
         ring.scatter_(1, slots, inputs.gather(1, index))
 
@@ -120,6 +135,11 @@ class HybridCache:
         self.max_length = max_length
         self.window = window
         self.ring = ring_slots(config, window) if ring is None else ring
+        if config.mixer_window and self.ring < window + config.mixer_window:
+            raise ValueError(
+                f"a ring of {self.ring} slots is too short for windows of {window} tokens (K + 1) whose mixers see "
+                f"{config.mixer_window} tokens: ring must be at least {window + config.mixer_window}"
+            )
         if window > 1 and self.ring < 2 * window:
             raise ValueError(
                 f"a ring of {self.ring} slots is too short for windows of {window} tokens (K + 1): "
@@ -146,7 +166,7 @@ class HybridCache:
                 zeros(config.d_conv - 1 + window, config.conv_channels, dtype=inputs),
                 torch.zeros(state_shape(config) if mamba1 else config.n_heads, device=device),
             )
-            if window > 1:
+            if window > 1 or config.mixer_window:
                 cache.ring_x = zeros(self.ring, config.scan_groups, config.head_dim, dtype=inputs)
                 cache.ring_B = zeros(self.ring, config.scan_groups, config.head_dim, dtype=inputs)
                 times = (self.ring, config.d_inner) if mamba1 else (config.n_heads, self.ring)
@@ -168,26 +188,51 @@ class HybridCache:
                 layer.state.zero_()
                 layer.A.copy_(block.mamba.A)
 
-    def rows(self, start: int, stop: int) -> HybridCache:
-        """A view of slots start … stop − 1, sharing all memory."""
-        view = object.__new__(HybridCache)
-        view.__dict__.update(self.__dict__)
-        view.cursors = Cursors(self.cursors.lengths[start:stop], self.cursors.folded[start:stop])
-        view.layers = [
-            replace(layer, **{name: t[start:stop] for name, t in vars(layer).items() if t is not None and name != "A"})
+    def opened(self, slots: Tensor) -> HybridCache:
+        """A fresh cache of as many rows as slots (B,) int64, to read new texts into: it writes keys and values to these
+        slots at once and holds the rest itself until `keep`. What it reads is text: nothing waits in a ring."""
+        rows, device = len(slots), self.cursors.lengths.device
+        opened = object.__new__(HybridCache)
+        opened.__dict__.update(self.__dict__)
+        opened.fresh, opened.window = True, 1
+        opened.cursors = Cursors.zeros(rows, device)
+        opened.layers = [
+            replace(layer, slots=slots) if isinstance(layer, KVCache) else self._emptied(layer, rows)
             for layer in self.layers
         ]
-        return view
+        return opened
+
+    def _emptied(self, layer: SSMCache, rows: int) -> SSMCache:
+        emptied = SSMCache(_zeros(layer.state, rows), _zeros(layer.conv, rows), layer.A)
+        if self.config.mixer_window:  # the ring's last tokens are part of a text that was read
+            assert layer.ring_x is not None and layer.ring_B is not None
+            emptied.ring_x, emptied.ring_B = _zeros(layer.ring_x, rows), _zeros(layer.ring_B, rows)
+        return emptied
+
+    def keep(self, opened: HybridCache, slots: Tensor) -> None:
+        """Take what was read with `opened(slots)` for these slots' text."""
+        self.fresh = False
+        for cursor in (self.cursors.lengths, self.cursors.folded):
+            cursor[slots] = opened.cursors.lengths
+        for ours, theirs in zip(self.layers, opened.layers, strict=True):
+            if isinstance(ours, SSMCache) and isinstance(theirs, SSMCache):
+                for name, tensor in vars(theirs).items():
+                    if tensor is not None and name != "A":
+                        getattr(ours, name)[slots] = tensor
 
     def bytes(self) -> dict[str, int]:
         """Bytes held, by kind: keys and values, SSM states, convolution inputs, SSM rings."""
         sizes = {"kv": 0, "ssm": 0, "conv": 0, "ring": 0}
         for layer in self.layers:
             for name, tensor in vars(layer).items():
-                if tensor is not None and name != "A":
+                if tensor is not None and name not in ("A", "slots"):
                     kind = {"k": "kv", "v": "kv", "state": "ssm", "conv": "conv"}.get(name, "ring")
                     sizes[kind] += tensor.numel() * tensor.element_size()
         return sizes
+
+
+def _zeros(like: Tensor, rows: int) -> Tensor:
+    return like.new_zeros(rows, *like.shape[1:])
 
 
 def state_shape(config: HybridConfig) -> tuple[int, ...]:
@@ -205,7 +250,8 @@ def ring_slots(config: HybridConfig, window: int) -> int:
     """
     if config.mixer == "mamba1":
         return 2 * window
-    return max(RING, 1 << (2 * window - 1).bit_length())
+    needed = max(2 * window, window + config.mixer_window)
+    return max(RING, 1 << (needed - 1).bit_length())
 
 
 def cache_bytes(config: HybridConfig, batch: int, context: int, itemsize: int = 2) -> dict[str, int]:
@@ -217,4 +263,9 @@ def cache_bytes(config: HybridConfig, batch: int, context: int, itemsize: int = 
         "kv": batch * n_attention * 2 * config.n_kv_heads * config.head_dim * context * itemsize,
         "ssm": batch * n_mamba * state * 4,
         "conv": batch * n_mamba * config.d_conv * config.conv_channels * itemsize,
+        "ring": batch * n_mamba * _ring_bytes(config, itemsize) if config.mixer_window else 0,
     }
+
+
+def _ring_bytes(config: HybridConfig, itemsize: int) -> int:
+    return ring_slots(config, 1) * (2 * config.d_xb * itemsize + 4 * config.n_heads)

@@ -7,23 +7,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch
 
 from hybrid.model import HybridForCausalLM
 from kernels_ext import dispatch
 
 
 @contextmanager
-def compiled_blocks(*models: HybridForCausalLM) -> Iterator[None]:
+def compiled_blocks(*models: HybridForCausalLM, kept_activations: float = 1.0) -> Iterator[None]:
     """Inside, the blocks of models on CUDA run compiled; elsewhere nothing changes.
 
     For passes that are all of one shape: a new shape costs seconds of compilation. Compiled code is dropped at the end,
-    lest the next models of the process meet the compiler's limit of forms.
+    lest the next models of the process meet the compiler's limit of forms. kept_activations: share of what the backward
+    pass needs that is kept for it; below 1 the compiler chooses what is cheapest to compute again.
     """
     on_cuda = [model for model in models if model.device.type == "cuda"]
     for model in on_cuda:
         compile_blocks(model)
     try:
-        yield
+        with functorch.patch(activation_memory_budget=kept_activations):
+            yield
     finally:
         for model in on_cuda:
             model.blocks_compiled = False

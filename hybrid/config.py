@@ -52,6 +52,9 @@ class HybridConfig:
     that heads which share keys and values in attention write states of their own."""
     mixer_rope: bool = False
     """Mamba-2 only: B and C are rotated by position as keys and queries are, so that C_t·B_s depends on t − s."""
+    mixer_window: int = 0
+    """Mamba-2 only: tokens, the token itself among them, that a mixer also sees by softmax attention with its own C, B
+    and x, beside one learned sink; 0 is none."""
     dt_rank: int | None = None
     """Mamba-1 only: width of the projection that dt comes from; None is ceil(d_model / 16)."""
     gqa_mapping: GQAMapping = "heads"
@@ -102,6 +105,11 @@ class HybridConfig:
             )
         if self.mixer != "mamba2" and self.mixer_rope:
             raise ValueError(f"mixer_rope belongs to mamba2; the mixer is {self.mixer}: leave it out")
+        if self.mixer_window < 0 or (self.mixer_window and self.mixer != "mamba2"):
+            raise ValueError(
+                f"mixer_window must be at least 0 (none) and belongs to mamba2; it is {self.mixer_window} and the "
+                f"mixer {self.mixer}"
+            )
         if self.state_size < 1 or self.head_dim % self.state_size:
             raise ValueError(
                 f"d_state {self.state_size} does not divide head_dim {self.head_dim}; set d_state to a divisor of it"
@@ -117,6 +125,11 @@ class HybridConfig:
     @property
     def d_inner(self) -> int:
         return self.n_heads * self.head_dim
+
+    @property
+    def d_features(self) -> int:
+        """Channels that enter a mixer's out_proj: the scan's, and the window's where there is one."""
+        return 2 * self.d_inner if self.mixer_window else self.d_inner
 
     @property
     def groups(self) -> int:

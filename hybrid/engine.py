@@ -1,33 +1,37 @@
-"""Decoding for any batch of unequal prompts: prefill once, then rounds of fixed shape that no host waits for.
+"""Decoding for any batch of unequal prompts: each is read once, then rounds of fixed shape that no host waits for.
 
 A round proposes up to K tokens per row with the draft, reads them and the last known token with the model, keeps the
 longest prefix that the model agrees with plus one token of the model's own (Leviathan et al., 2211.17192, Algorithm 1),
 and advances the rows' cursors. Without a draft K is 0 and a round is one step of plain decoding: the same code, the
-same kernels, so that a speed-up compares like with like. On CUDA a round is one graph.
+same kernels, so that a speed-up compares like with like. On CUDA a round is one graph. Rows end when they do: a slot
+whose row has ended can take the next prompt while the others go on.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hybrid import prefill
 from hybrid.cache import HybridCache
 from hybrid.drafts import Draft
 from hybrid.model import HybridForCausalLM
+from hybrid.prefill import PromptReader, Prompts, captured
 from kernels_ext import dispatch
 
-PREFILL_TOKENS = 65536
-"""Prompts are read in pieces of about so many tokens, padding included."""
-POLL_ROUNDS = {"cuda": 16}
-"""Rounds between looks at whether all rows have ended, by device type: each look waits for the device. Elsewhere 1."""
+LOOK_BACK = 2
+"""Rounds after which the host learns on CUDA that a row has ended, so that neither it nor the device waits."""
+REFILLED = 8
+"""New prompts are read when this part of the slots is free: meanwhile the other rows wait."""
 
 Callback = Callable[[Tensor], Collection[int] | None]
-"""Takes what a round added, (B, K + 1) int32 padded with −1; gives rows that are to end here, if any."""
+"""Takes what a round added, (B, K + 1) int32 on the host padded with −1; gives rows that are to end here, if any."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ class DecodeEngine:
     picks. state_dtype: of the SSM states. injected: accept proposals with this probability whatever the model says, to
     time shapes without trained weights; what comes out is not the model's text.
 
+    `generate` and `generate_all` decode prompts that are known; who gets them one after another calls `begin`, and then
+    `admit`, `round`, `look` and `end` as they come and go.
+
     Raises ValueError for a draft of another vocabulary, or a ring shorter than two windows.
     """
 
@@ -124,9 +131,10 @@ class DecodeEngine:
         """The round's window: the last known token, then the proposals."""
         self.features = torch.zeros(batch, model.config.d_model, dtype=model.dtype, device=self.device)
         """The model's residual stream after its last block, at the token before the last known one."""
-        self.slots = self._integers(batch).fill_(-1)
+        self._outcome = self._integers(batch * (1 + window))
+        self.slots, self.emitted = self._outcome[:batch].fill_(-1), self._outcome[batch:].view(batch, window)
+        """Side by side, so that one copy tells the host what a round did."""
         self.ends, self.counts = self._integers(batch), self._integers(batch)
-        self.emitted = self._integers(batch, window)
         self.n_draft, self.rounds = self._integers(batch), self._integers(batch)
         self.proposed, self.accepted = self._integers(batch, k), self._integers(batch, k)
         self.uniforms = torch.zeros(batch, 2 * k + 1, device=self.device)
@@ -138,6 +146,9 @@ class DecodeEngine:
         self._q: Tensor | None = None
         self._residual = self._logits = torch.empty(0)
         self._wants_features = False
+        weights = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
+        shape = (batch, max_length)
+        self._reader = PromptReader(self._read, self.device, 2.0 * weights, shape, self.graphs)
         self._choose(sampling or Sampling())
         if draft is not None:
             draft.allocate(self)
@@ -152,7 +163,6 @@ class DecodeEngine:
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -169,26 +179,82 @@ class DecodeEngine:
         int32 padded with −1, gives rows that are to end with what they have, and makes every round wait for the device.
         Raises ValueError for prompts that do not fit, and for empty ones.
         """
+        if len(prompts) > self.batch:
+            raise ValueError(
+                f"{len(prompts)} prompts, but the engine has {self.batch} slots: raise `batch`, or `generate_all` "
+                "in turns"
+            )
+        return self._generate(prompts, max_new_tokens, seed, sampling, callback)
+
+    def generate_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        *,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> Generated:
+        """As `generate`, for any number of prompts: in the order given, each takes the slot of one that has ended.
+
+        What is sampled depends on the seed, the prompts and `batch`, not on how fast anything runs. progress is told
+        the share of prompts that are done.
+        """
+        return self._generate(prompts, max_new_tokens, seed, sampling, None, progress)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        seed: int,
+        sampling: Sampling | None,
+        callback: Callback | None,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> Generated:
         limits = self.check(prompts, max_new_tokens)
-        if sampling is not None and sampling != self.sampling:
-            self._choose(sampling)
-        self._warm_up()
-        started = self._now()
-        self._start(prompts, max_new_tokens)
-        self.random.manual_seed(seed)
-        prefilled = self._now()
-        every = 1 if callback is not None else POLL_ROUNDS.get(self.device.type, 1)
-        for done in range(1, max(limits) + 1):
+        self._prepare(sampling, seed)
+        began, reading = self._now(), 0.0
+        behind = LOOK_BACK if callback is None and self.device.type == "cuda" else 0
+        looks: deque[Look] = deque()
+        """Of the last rounds: always of so many, so that nothing depends on how fast the device is."""
+        waiting = deque(range(len(prompts)))
+        held: dict[int, int] = {}
+        """Slot → the prompt whose reply is in it."""
+        running: dict[int, int] = {}
+        """Slot → the round with which its row has ended at the latest."""
+        replies: dict[int, tuple[list[int], SpeculationStats]] = {}
+        done = 0
+        while waiting or running:
+            free = [slot for slot in range(self.batch) if slot not in running] if waiting else []
+            if waiting and (not running or len(free) * REFILLED >= self.batch):
+                started = self._now()
+                taken = {slot: waiting.popleft() for slot in free[: len(waiting)]}
+                replies |= self._replies({slot: held[slot] for slot in taken if slot in held}, prompts)
+                asked, room = [prompts[i] for i in taken.values()], [limits[i] for i in taken.values()]
+                if held:
+                    self._admit(list(taken), asked, room)
+                else:
+                    self._start(asked, room)
+                held |= taken
+                running |= {slot: done + limits[i] for slot, i in taken.items()}
+                looks.clear()  # they say nothing of the rows that begin
+                progress(len(replies) / len(prompts))
+                reading += self._now() - started
             self.round()
-            if callback is not None and (ended := callback(self.emitted[: len(prompts)].clone())):
-                self.slots[list(ended)] = -1
-            if done % every == 0 and bool((self.slots < 0).all()):
-                break
-        finished = self._now()
-        lengths = self.cache.cursors.lengths.tolist()
-        text = self.text[: len(prompts)].tolist()
-        replies = [text[row][len(p) : lengths[row] + 1] for row, p in enumerate(prompts)]
-        return Generated(replies, self._stats(replies), prefilled - started, finished - prefilled)
+            done += 1
+            looks.append(self.look())
+            gone: set[int] = set()
+            if len(looks) > behind:
+                added, gone = looks.popleft().wait()
+                if callback is not None and (ended := callback(added[: len(prompts)])):
+                    self.end(ended)
+                    gone |= set(ended)
+            running = {slot: last for slot, last in running.items() if last > done and slot not in gone}
+        replies |= self._replies(held, prompts)
+        progress(1.0)
+        made = [replies[i] for i in range(len(prompts))]
+        return Generated([r for r, _ in made], [s for _, s in made], reading, self._now() - began - reading)
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> list[int]:
         """max_new_tokens of each prompt; ValueError if these prompts cannot be decoded with this engine."""
@@ -199,8 +265,6 @@ class DecodeEngine:
             raise ValueError(
                 f"max_new_tokens must be at least 1, one number or one for each prompt, got {max_new_tokens}"
             )
-        if len(prompts) > self.batch:
-            raise ValueError(f"{len(prompts)} prompts, but the engine has {self.batch} slots: raise `batch`")
         needed, asked, length = max((len(p) + n, n, len(p)) for p, n in zip(prompts, limits, strict=True))
         if needed > self.max_length:
             raise ValueError(
@@ -209,6 +273,80 @@ class DecodeEngine:
             )
         return limits
 
+    @torch.no_grad()
+    def begin(self, sampling: Sampling | None = None, seed: int = 0) -> None:
+        """Forget every row. sampling and seed are as in `generate`, for all rows that are admitted from here on."""
+        self._prepare(sampling, seed)
+        self._forget()
+
+    @torch.no_grad()
+    def admit(
+        self, slots: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
+    ) -> None:
+        """Let rows begin in these slots between two rounds; the others go on as they would have.
+
+        Raises ValueError for prompts that do not fit, and for slots that do not exist or whose rows have not ended.
+        """
+        limits = self.check(prompts, max_new_tokens)
+        if len(slots) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many slots, got {list(slots)}")
+        self._require_free(slots)
+        self._admit(slots, prompts, limits)
+
+    def end(self, slots: Collection[int]) -> None:
+        """Let the rows in these slots end with what they have."""
+        self.slots[list(slots)] = -1
+
+    @torch.no_grad()
+    def adopt(self, other: DecodeEngine, theirs: int, slot: int) -> None:
+        """Go on in `slot` with the row of another engine, between rounds of both; there, in slot `theirs`, it ends.
+
+        Raises ValueError unless the slot is free and both decode the same models, alike but for how many rows.
+        """
+        ours, others = self._manner(), other._manner()
+        if differing := [name for name in ours if ours[name] != others[name]]:
+            raise ValueError(f"a row cannot move between engines that differ in {', '.join(differing)}")
+        if not 0 <= theirs < other.batch:
+            raise ValueError(f"the other engine has slots 0 to {other.batch - 1}, got {theirs}")
+        self._require_free([slot])
+        for mine, given in zip(self._by_slot(), other._by_slot(), strict=True):
+            mine[slot] = given[theirs]
+        for cache, _ in self._readers():
+            cache.fresh = False
+        self.slots[slot] = torch.where(other.slots[theirs] < 0, -1, slot)
+        other.end([theirs])
+
+    def _manner(self) -> dict[str, object]:
+        """What engines that a row moves between have in common."""
+        return {
+            "model": self.model,
+            "draft": (type(self.draft), [model for _, model in self._readers()]),
+            "k": self.k,
+            "max_length": self.max_length,
+            "ring": self.cache.ring,
+            "state_dtype": [t.dtype for t in self._by_slot()],
+            "sampling": self.sampling,
+            "eos_token_ids": self.stop.tolist(),
+        }
+
+    def _by_slot(self) -> list[Tensor]:
+        """All that a row is, but for whether it runs: tensors whose first dimension is the slot."""
+        own = [self.text, self.tokens, self.features, self.ends, self.counts, self.n_draft]
+        own += [self.rounds, self.proposed, self.accepted]
+        for cache, _ in self._readers():
+            own += [cache.cursors.lengths, cache.cursors.folded]
+            for layer in cache.layers:
+                own += [t for name, t in vars(layer).items() if isinstance(t, Tensor) and name not in ("A", "slots")]
+        return own
+
+    def _require_free(self, slots: Sequence[int]) -> None:
+        if len(set(slots)) != len(slots) or not all(0 <= slot < self.batch for slot in slots):
+            raise ValueError(f"slots must be different ones of 0 to {self.batch - 1}, got {list(slots)}")
+        held = self.slots.tolist()
+        if running := [slot for slot in slots if held[slot] >= 0]:
+            raise ValueError(f"the rows in slots {running} have not ended")
+
+    @torch.no_grad()
     def round(self) -> None:
         """One round for all rows that have not ended. Does not wait for the device."""
         if not self.sampling.greedy or self.injected is not None:
@@ -217,6 +355,10 @@ class DecodeEngine:
             self._graph.replay()
         else:
             self._round()
+
+    def look(self) -> Look:
+        """What the last round added and who has ended, copied behind it while later rounds may run."""
+        return Look(self._outcome, self.batch)
 
     def _round(self) -> None:
         self._propose()
@@ -275,6 +417,12 @@ class DecodeEngine:
             kept = accepted.clamp(0, self.k).long()[:, None, None].expand(-1, 1, self.features.shape[1])
             self.features.copy_(self._residual.view(*shape, -1).gather(1, kept)[:, 0])
 
+    def _prepare(self, sampling: Sampling | None, seed: int) -> None:
+        if sampling is not None and sampling != self.sampling:
+            self._choose(sampling)
+        self._warm_up()
+        self.random.manual_seed(seed)
+
     def _warm_up(self) -> None:
         """Compile and capture the round, once for as long as the weights lie where they do: a graph reads addresses.
         With all rows inert a round changes nothing."""
@@ -282,46 +430,71 @@ class DecodeEngine:
             return
         models = [model for _, model in self._readers()]
         addresses = [p.data_ptr() for model in models for p in model.parameters()]
+        if addresses != self._addresses:
+            self._reader.forget()
         if self._graph is None or addresses != self._addresses:
             self.slots.fill_(-1)
-            self._graph = _captured(self._round)
+            self._graph = captured(self._round)
             self._addresses = [p.data_ptr() for model in models for p in model.parameters()]
 
-    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> None:
-        """Read all prompts but their last tokens, which the first round reads."""
-        tokens, counts = right_pad(prompts, self.device)
-        rows = len(prompts)
-        self.text[:rows, : tokens.shape[1]] = tokens
-        self.tokens[:rows, 0] = tokens.gather(1, counts[:, None] - 1)[:, 0]
-        self.ends[:rows] = counts + torch.tensor(max_new_tokens, device=self.device)
-        for tally in (self.rounds, self.proposed, self.accepted):
-            tally.zero_()
-        features: Tensor | None = None
+    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:
+        """Forget everything, and be ready for the first round after these prompts, which take the first slots."""
+        self._forget()
+        self._admit(range(len(prompts)), prompts, max_new_tokens)
+
+    def _forget(self) -> None:
+        self.slots.fill_(-1)
         for cache, model in self._readers():
             cache.reset(model)
-            own = model is self.model
-            given = _prefill(
-                model, cache, tokens[:, :-1], counts - 1, None if own else features, own and self._wants_features
+
+    def _admit(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:
+        """Let rows begin in these slots, whatever was in them, and leave the others as they are."""
+        for piece in prefill.pieces([len(p) for p in prompts]):
+            self._reader(Prompts.of(prompts[piece], max_new_tokens[piece], slots[piece]))
+
+    def _read(self, prompts: Prompts) -> None:
+        """Read all of these but their last tokens, which the next round reads."""
+        tokens, counts, slots = prompts.tokens, prompts.counts, prompts.slots
+        self.text[slots, : tokens.shape[1]] = tokens.int()
+        self.tokens[slots, 0] = tokens.gather(1, counts[:, None] - 1)[:, 0].int()
+        self.ends[slots] = prompts.ends.int()
+        for tally in (self.rounds, self.proposed, self.accepted):
+            tally.index_fill_(0, slots, 0)  # a graph takes no number from the host
+        features: Tensor | None = None
+        for cache, model in self._readers():
+            opened, own = cache.opened(slots), model is self.model
+            given = prefill.read(
+                model, opened, tokens[:, :-1], counts - 1, None if own else features, own and self._wants_features
             )
+            cache.keep(opened, slots)
             if given is not None:
                 # One place later: what a token is read with is of the token before it, and zero at the start.
                 given = torch.nn.functional.pad(given, (0, 0, 1, 0))
                 last = (counts - 1)[:, None, None].expand(-1, 1, given.shape[2])
-                self.features[:rows] = given.gather(1, last)[:, 0]
+                self.features[slots] = given.gather(1, last)[:, 0]
                 features = given[:, :-1]
-        self.slots.fill_(-1)
-        self.slots[:rows] = torch.arange(rows, dtype=torch.int32, device=self.device)
+        self.slots[slots] = slots.int()
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _stats(self, replies: Sequence[Sequence[int]]) -> list[SpeculationStats]:
-        proposed, accepted, rounds = (t.tolist() for t in (self.proposed, self.accepted, self.rounds))
-        return [
-            SpeculationStats(proposed[row], accepted[row], rounds[row], len(reply)) for row, reply in enumerate(replies)
-        ]
+    def _replies(
+        self, held: Mapping[int, int], prompts: Sequence[Sequence[int]]
+    ) -> dict[int, tuple[list[int], SpeculationStats]]:
+        """Prompt → its reply and counts, of the prompts whose slots these are."""
+        if not held:
+            return {}
+        slots = torch.tensor(list(held), device=self.device)
+        kept = (self.text, self.cache.cursors.lengths, self.proposed, self.accepted, self.rounds)
+        found: dict[int, tuple[list[int], SpeculationStats]] = {}
+        for i, text, length, proposed, accepted, rounds in zip(
+            held.values(), *(t[slots].tolist() for t in kept), strict=True
+        ):
+            reply = text[len(prompts[i]) : length + 1]
+            found[i] = reply, SpeculationStats(proposed, accepted, rounds, len(reply))
+        return found
 
     @torch.no_grad()
     def phase_milliseconds(
@@ -332,16 +505,16 @@ class DecodeEngine:
         The text that `generate` left is overwritten. Parts run without advancing a cursor except `round`, which
         therefore decodes up to `repeats` · (K + 1) tokens of max_new_tokens.
         """
-        self.check(prompts, max_new_tokens)
+        limits = self.check(prompts, max_new_tokens)
         self._warm_up()
-        self._start(prompts, max_new_tokens)
+        self._start(prompts, limits)
         live = self.slots.clone()
         parts: dict[str, Callable[[], None]] = {"draft": self._propose, "verify": self._verify, "accept": self._accept}
         if self.draft is None:
             del parts["draft"]
         if self.graphs:
             self.slots.fill_(-1)
-            graphs = {name: _captured(part) for name, part in parts.items()}
+            graphs = {name: captured(part) for name, part in parts.items()}
             self.slots.copy_(live)
             parts = {name: graph.replay for name, graph in graphs.items()}
         timed = {"draft": 0.0}
@@ -349,7 +522,7 @@ class DecodeEngine:
             if name == "accept":  # an inert row costs a verdict as much as a live one, and nothing is spent
                 self.slots.fill_(-1)
             timed[name] = self._milliseconds(part, repeats)
-        self._start(prompts, max_new_tokens)
+        self._start(prompts, limits)
         timed["round"] = self._milliseconds(self.round, repeats)
         return timed
 
@@ -372,56 +545,24 @@ class DecodeEngine:
         return [(self.cache, self.model), *([] if self.draft is None else self.draft.readers())]
 
 
-def _captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `call`, which is run twice before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
+class Look:
+    """What a round added and whose rows had ended after it, on its way to the host.
 
-
-def _prefill(
-    model: HybridForCausalLM,
-    cache: HybridCache,
-    tokens: Tensor,
-    counts: Tensor,
-    features: Tensor | None = None,
-    keep: bool = False,
-) -> Tensor | None:
-    """Append counts (B,) tokens of each row of tokens (B, L) to the cache's first rows, piece by piece.
-
-    features (B, L, d_model): of a draft that reads them. keep: give the residual stream after the last block,
-    (B, L, d_model).
+    outcome (B·(K + 2),) int32: the B rows' slots, −1 where they are inert, then what was added to each.
     """
-    kept = tokens.new_zeros(*tokens.shape, model.config.d_model, dtype=model.dtype) if keep else None
-    length = int(counts.max())
-    if length == 0:
-        return kept
-    if not model.config.reads_features:
-        features = None
-    rows = max(1, PREFILL_TOKENS // length)
-    for start in range(0, tokens.shape[0], rows):
-        stop = min(start + rows, tokens.shape[0])
-        view = cache.rows(start, stop)
-        for column in range(0, length, PREFILL_TOKENS):
-            part = tokens[start:stop, column : column + PREFILL_TOKENS]
-            given = None if features is None else features[start:stop, column : column + PREFILL_TOKENS]
-            part_counts = (counts[start:stop] - column).clamp(0, part.shape[1])
-            x = model.residual(part, cache=view, counts=part_counts, features=given)
-            if kept is not None:
-                kept[start:stop, column : column + PREFILL_TOKENS] = x
-    cache.fresh = False
-    return kept
 
+    def __init__(self, outcome: Tensor, batch: int) -> None:
+        self.batch = batch
+        self._event: torch.cuda.Event | None = None
+        self._copy = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=outcome.is_cuda)
+        self._copy.copy_(outcome, non_blocking=True)
+        if outcome.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
 
-def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(B, L) tokens, padded on the right with 0, and their counts (B,)."""
-    counts = torch.tensor([len(r) for r in rows], device=device)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
-    return padded.to(device), counts
+    def wait(self) -> tuple[Tensor, set[int]]:
+        """What was added, (B, K + 1) int32 on the host padded with −1, and the rows that were inert afterwards."""
+        if self._event is not None:
+            self._event.synchronize()
+        slots, added = self._copy[: self.batch], self._copy[self.batch :].view(self.batch, -1)
+        return added, set((slots < 0).nonzero().flatten().tolist())

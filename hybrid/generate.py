@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -60,15 +60,21 @@ class Generator:
         seed: int = 0,
         eos_token_ids: Sequence[int] | None = None,
         callback: Callback | None = None,
+        slots: int | None = None,
+        progress: Callable[[float], None] = lambda share: None,
     ) -> list[list[int]]:
-        """See `generate`."""
+        """See `generate`. slots: decode so many prompts at a time, each new one in the place of one that has ended;
+        None is all at once. progress: is told the share of prompts that are done; with slots there is no callback."""
         sampling = Sampling(temperature, top_k, top_p)
         stop = None if eos_token_ids is None else tuple(eos_token_ids)
-        batch, length = max(1, len(prompts)), max((len(p) for p in prompts), default=0) + max(1, max_new_tokens)
+        batch = max(1, len(prompts) if slots is None else min(slots, len(prompts)))
+        length = max((len(p) for p in prompts), default=0) + max(1, max_new_tokens)
         shape = (model, batch, length, sampling, stop)
         if self.engine is None or self._shape != shape:
             self.engine = None  # its memory is free before the next one takes its own
             self.engine = DecodeEngine(model, batch=batch, max_length=length, sampling=sampling, eos_token_ids=stop)
             self._shape = shape
         with torch.autocast(model.device.type, enabled=False):
+            if slots is not None:
+                return self.engine.generate_all(prompts, max_new_tokens, seed=seed, progress=progress).replies
             return self.engine.generate(prompts, max_new_tokens, seed=seed, callback=callback).replies

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from hybrid.config import GQAMapping, HybridConfig, Mixer
 from hybrid.mamba2 import Mamba2Mixer
@@ -27,7 +28,7 @@ def in_proj_rows(config: HybridConfig) -> dict[str, slice]:
     """Rows of a mixer's in_proj by what they produce: z, x, B, C, dt; with Mamba-1 the last are what dt_proj reads."""
     rows, start = {}, 0
     for name, size in (
-        ("z", config.d_inner),
+        ("z", config.d_features),
         ("x", config.d_xb),
         ("B", config.d_xb),
         ("C", config.d_inner),
@@ -52,6 +53,7 @@ def from_attention(
     a_max: float = 64.0,
     rope: bool = False,
     ngroups: int | None = None,
+    window: int = 0,
     seed: int = 0,
     share: bool = False,
 ) -> HybridForCausalLM:
@@ -68,7 +70,9 @@ def from_attention(
     `Mamba1Mixer` begins with them, dt_bias puts dt log-uniform in [1e-3, 0.1] by head (Mamba-1: by channel), biases
     of q, k and v become in_proj's, and norms of q and k are folded into the rows that are made of them. Mixers are
     float32. mixer, gqa_mapping, d_state and ngroups are `HybridConfig`'s; more groups than attention has begin as
-    copies. rope: B and C of the mixers are rotated by position, as the k and q that they come from. share: what is
+    copies. rope: B and C of the mixers are rotated by position, as the k and q that they come from. window: tokens that
+    mixers see by softmax attention besides; o_proj is then that of the scan's and of the window's channels, and in
+    `copy` the window's gate is open by exactly 1. share: what is
     carried over is base's own tensors, for a student that is saved or scored beside it but not trained: memory then
     holds the weights once.
     """
@@ -88,13 +92,14 @@ def from_attention(
         d_state=d_state,
         mixer_rope=rope,
         ngroups=ngroups,
+        mixer_window=window,
     )
     if base.config.mamba_layers and replace(config, attention_layers=base.config.attention_layers) != base.config:
         raise ValueError(
             f"method {method!r}, rope {str(rope).lower()} and ngroups {config.groups} with {mixer} (gqa_mapping "
-            f"{gqa_mapping!r}, d_state {config.state_size}) make mixers of another form than those that are carried "
-            "over: variants that continue from one another need one init_from_attention.method, `paper` or another, "
-            "and the same mixer, gqa_mapping, d_state, rope and ngroups in it"
+            f"{gqa_mapping!r}, d_state {config.state_size}, window {window}) make mixers of another form than those "
+            "that are carried over: variants that continue from one another need one init_from_attention.method, "
+            "`paper` or another, and the same mixer, gqa_mapping, d_state, rope, window and ngroups in it"
         )
     with torch.device("meta"):
         student = HybridForCausalLM(config)
@@ -149,7 +154,8 @@ def _map(block: Block, mixer: MambaMixer) -> Iterator[tuple[str, Tensor, Tensor]
         yield name, weight if part == "C" else grouped(weight), mixer.in_proj.weight[rows[part]]
         if bias is not None:
             yield f"{name}.bias", bias if part == "C" else grouped(bias), mixer.in_proj.bias[rows[part]]
-    yield "o_proj", attention.o_proj.weight, mixer.out_proj.weight
+    for columns in mixer.out_proj.weight.split(mixer.config.d_inner, dim=1):
+        yield "o_proj", attention.o_proj.weight, columns
 
 
 def _folded_norm(projection: nn.Linear, norm: RMSNorm, gain: Tensor) -> Tensor:
@@ -212,6 +218,8 @@ def _init_new_parts(
     rows = in_proj_rows(config)
     mixer.in_proj.weight[rows["z"]] *= gate_scale
     mixer.in_proj.bias[rows["z"]] = gate_bias
+    if isinstance(mixer, Mamba2Mixer) and config.mixer_window:
+        mixer.norm.weight[config.d_inner :] = 1.0 / max(float(silu(torch.tensor(gate_bias))), 1e-3)
     mixer.conv1d.weight.zero_()
     mixer.conv1d.weight[:, 0, -1] = 1.0
     assert mixer.conv1d.bias is not None

@@ -70,17 +70,22 @@ class MambaMixer(nn.Module):
         if not torch.is_autocast_enabled(hidden.device.type):  # a student may have float32 mixers in a bfloat16 body
             hidden = hidden.to(self.in_proj.weight.dtype)
         missing = -sum(self.sections) % ALIGNED
-        if not self.training or not missing:
+        if not self.training:
             return self.in_proj(hidden).split(self.sections, dim=-1)
-        bias = None if self.in_proj.bias is None else pad(self.in_proj.bias, (0, missing))
-        projected = linear(hidden, pad(self.in_proj.weight, (0, 0, 0, missing)), bias)
-        return projected.split((*self.sections, missing), dim=-1)[:-1]
+        weight = pad(self.in_proj.weight, (0, 0, 0, missing)) if missing else self.in_proj.weight
+        sections = linear(hidden, weight).split((*self.sections, missing), dim=-1)[: len(self.sections)]
+        if self.in_proj.bias is None:
+            return sections
+        # Section by section, where compiled code adds it on the way: a product with a bias writes that out first.
+        biases = self.in_proj.bias.to(sections[0].dtype).split(self.sections)
+        return tuple(section + bias for section, bias in zip(sections, biases, strict=True))
 
     def convolve(self, inputs: Tensor, seq_idx: Tensor | None, cache: SSMCache | None, span: Span | None) -> Tensor:
         """Causal convolution of inputs (B, L, channels), after the cache's last inputs, which it then keeps anew."""
-        before = None if cache is None or span is None else span.conv_inputs(cache.conv, self.config.d_conv)
-        if cache is not None and span is not None and before is not None:
-            span.keep_conv_inputs(cache.conv, torch.cat([before, inputs.to(before.dtype)], dim=1), self.config.d_conv)
+        before, count = None, self.config.d_conv - 1
+        if cache is not None and span is not None:
+            before = span.inputs_before(cache.conv, count)
+            span.keep_inputs(cache.conv, torch.cat([before, inputs.to(before.dtype)], dim=1), count)
         weight = self.conv1d.weight.squeeze(1)
         return dispatch.causal_conv(inputs, weight, self.conv1d.bias, seq_idx, before, self.config.conv_silu)
 

@@ -30,6 +30,9 @@ from kernels_ext.ssd import ring_reference as ssd_ring
 from kernels_ext.ssd.reference import CHUNK_SIZE, ssd_chunked
 from kernels_ext.swiglu import reference as swiglu
 from kernels_ext.vocabulary_loss import reference as vocabulary_loss
+from kernels_ext.window import operator as window_operator
+from kernels_ext.window import reference as window_reference
+from kernels_ext.window import ring_reference as window_ring
 
 __all__ = [
     "accept_greedy",
@@ -52,7 +55,6 @@ __all__ = [
     "rms_norm",
     "rope_append",
     "rotate_heads",
-    "rotate_window_",
     "sample",
     "selective_fold",
     "selective_ring_append",
@@ -65,6 +67,8 @@ __all__ = [
     "ssd_update",
     "ssd_verify",
     "uses_kernels",
+    "window_attention",
+    "window_gate",
 ]
 
 log = logging.getLogger(__name__)
@@ -83,13 +87,13 @@ def triton_kernels() -> dict[str, Callable[..., Any]]:
         from kernels_ext.causal_conv import kernel as causal_conv_kernel
         from kernels_ext.gated_norm import kernel as gated_norm_kernel
         from kernels_ext.rms_norm import kernel as rms_norm_kernel
-        from kernels_ext.rotary import kernel as rotary_kernel
         from kernels_ext.sampling import kernel as sampling_kernel
         from kernels_ext.selective_scan import kernel as selective_scan_kernel
         from kernels_ext.speculation import kernel as speculation_kernel
         from kernels_ext.ssd import kernel as ssd_kernel
         from kernels_ext.swiglu import kernel as swiglu_kernel
         from kernels_ext.vocabulary_loss import kernel as vocabulary_loss_kernel
+        from kernels_ext.window import kernel as window_kernel
     except ImportError as error:
         log.warning("decoding and losses: plain PyTorch (Triton does not import: %s)", error)
         return {}
@@ -98,13 +102,13 @@ def triton_kernels() -> dict[str, Callable[..., Any]]:
         causal_conv_kernel,
         gated_norm_kernel,
         rms_norm_kernel,
-        rotary_kernel,
         sampling_kernel,
         selective_scan_kernel,
         speculation_kernel,
         ssd_kernel,
         swiglu_kernel,
         vocabulary_loss_kernel,
+        window_kernel,
     )
     log.info("decoding and losses: Triton kernels")
     return {name: getattr(module, name) for module in modules for name in __all__ if hasattr(module, name)}
@@ -126,7 +130,6 @@ conv_ring_update = _operator(causal_conv_ring.conv_ring_update)
 decode_attention = _operator(attention.decode_attention)
 rope_append = _operator(attention.rope_append)
 rms_norm = _operator(rms_norm_reference.rms_norm)
-rotate_window_ = _operator(rotary.rotate_window_)
 silu_mul = _operator(swiglu.silu_mul)
 ssd_update = _operator(ssd_ring.ssd_update)
 ssd_verify = _operator(ssd_ring.ssd_verify)
@@ -145,6 +148,7 @@ advance = _operator(speculation.advance)
 ngram_propose = _operator(speculation.ngram_propose)
 divergence_ = _operator(vocabulary_loss.divergence_)
 cross_entropy_ = _operator(vocabulary_loss.cross_entropy_)
+window_gate = _operator(window_ring.window_gate)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
@@ -248,6 +252,21 @@ def causal_conv(
         if training_kernel.fits(x, weight):
             return training_kernel.causal_conv(x, weight, bias, seq_idx, silu)
     return causal_conv_reference.causal_conv(x, weight, bias, seq_idx, initial_state, silu)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor,
+    window: int,
+    seq_idx: Tensor | None = None,
+    before: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """See kernels_ext/window/reference.py; the operator serves whole rows on CUDA, as training has them."""
+    if q.device.type == "cuda" and before is None:
+        return window_operator.window_attention(q, k, v, sink, window, seq_idx)
+    return window_reference.window_attention(q, k, v, sink, window, seq_idx, before)
 
 
 def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

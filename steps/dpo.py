@@ -104,15 +104,18 @@ def _self_made_pairs(
 ) -> list[PreferencePair]:
     train = Shard.load(inputs["corpus"] / "train.npz")
     prompts = preferences.drawn_prompts(train, config.max_prompt_tokens, config.pairs, context.seed)
-    replies: dict[str, list[list[int]]] = {"teacher": [], "student": []}
+    replies: dict[str, list[list[int]]] = {}
     student = load_pretrained(inputs["student"], context.device, compute_type(context))  # decodes in one type
     for name, model in (("teacher", teacher), ("student", student)):
-        generate = Generator()
-        for start in range(0, len(prompts), config.generation_batch):
-            part = [list(tokens) for _, tokens in prompts[start : start + config.generation_batch]]
-            replies[name] += generate(
-                model, part, config.max_reply_tokens, temperature=1.0, top_p=0.95, seed=context.seed + start
-            )
+        replies[name] = Generator()(
+            model,
+            [list(tokens) for _, tokens in prompts],
+            config.max_reply_tokens,
+            temperature=1.0,
+            top_p=0.95,
+            seed=context.seed,
+            slots=config.generation_batch,
+        )
     return [
         PreferencePair(tokens, tuple(chosen), tuple(rejected), name)
         for (name, tokens), chosen, rejected in zip(prompts, replies["teacher"], replies["student"], strict=True)

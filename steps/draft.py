@@ -12,8 +12,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from corpora import chat, preferences, self_chat
 from corpora.shards import Shard
 from evals.fidelity import Block, summarise, token_scores
 from hybrid import HybridForCausalLM, load_pretrained, save_pretrained
+from hybrid.drafts import save_tokens
 from hybrid.generate import Generator
 from steps import teacher
 from steps.config import DraftConfig
@@ -43,7 +45,8 @@ class DraftError(ValueError):
 
 
 def run(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    """A checkpoint folder in `out`, as the other stages that train leave it, and of `layers:` the text it learnt from.
+    """A checkpoint folder in `out`, as the other stages that train leave it, and of a draft that learns the text it
+    learnt from and, if it proposes among `vocabulary` tokens alone, their ids.
 
     Raises DraftError where layers do not exist or vocabularies differ, SourceError and TeacherError as the teacher
     stage does.
@@ -51,10 +54,17 @@ def run(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: Sta
     return _fetched(config, inputs, out, context) if config.source else _shrunk(config, inputs, out, context)
 
 
-def shrink(student: HybridForCausalLM, layers: Sequence[int], reads_features: bool = False) -> HybridForCausalLM:
+def shrink(
+    student: HybridForCausalLM,
+    layers: Sequence[int],
+    reads_features: bool = False,
+    feature_init: Literal["zeros", "identity"] = "zeros",
+    branch_scale: float = 1.0,
+) -> HybridForCausalLM:
     """A model of these layers of the student, with copies of its embedding, final norm and head.
 
-    reads_features: it has a projection of features besides, which is zero.
+    reads_features: it has a projection of features besides, which is as feature_init says. branch_scale: factor of what
+    mixers and MLPs add to the residual stream.
     """
     depth = student.config.n_layers
     wrong = [layer for layer in layers if layer >= depth]
@@ -74,9 +84,16 @@ def shrink(student: HybridForCausalLM, layers: Sequence[int], reads_features: bo
     if reads_features:
         norm = student.model.norm.weight.detach()
         weights["feature_norm.weight"] = torch.ones_like(norm)
-        weights["feature_proj.weight"] = norm.new_zeros(len(norm), len(norm))
+        weights["feature_proj.weight"] = torch.eye(len(norm), dtype=norm.dtype, device=norm.device)
+        if feature_init == "zeros":
+            weights["feature_proj.weight"].zero_()
     draft.load_state_dict(weights, assign=True)
     draft.inv_freq = student.inv_freq.clone()
+    if branch_scale != 1.0:
+        for block in draft.blocks:
+            mixed = block.self_attn.o_proj if block.is_attention else block.mamba.out_proj
+            for p in (*mixed.parameters(), *block.mlp.down_proj.parameters()):
+                p.detach().mul_(branch_scale)
     return draft.requires_grad_(False).eval()
 
 
@@ -101,9 +118,17 @@ class _Informed:
 
 
 def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    draft = shrink(load_student(inputs, context), config.layers, config.reads_features)
+    draft = shrink(
+        load_student(inputs, context), config.layers, config.reads_features, config.feature_init, config.branch_scale
+    )
     # In the type in which it will be decoded: that is the model whose tokens are to be foreseen.
     target = load_pretrained(inputs["student"], context.device, compute_type(context))
+    ends, known = target.config.eos_token_ids, target.config.vocab_size
+    if config.vocabulary and not len(ends) <= config.vocabulary <= known:
+        raise DraftError(
+            f"draft.vocabulary is {config.vocabulary}, but the student has {known} tokens, {len(ends)} of which end a "
+            "turn and are always kept: set it between these, or to 0 for all"
+        )
     text, checkpoints = _text(config, inputs, target, context)
     text.save(out / TEXT)
     held_out = _replies(_prompts(config, inputs, "held_out", MEASURED_REPLIES, context), target, config, context, 1.0)
@@ -134,6 +159,12 @@ def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context:
         one_shape=True,
     )
     save_pretrained(draft, out, tokenizer_from=inputs["student"])
+    vocabulary: dict[str, Any] = {}
+    if config.vocabulary:
+        tokens = frequent_tokens(text, config.vocabulary, known, ends)
+        save_tokens(out, tokens)
+        covered = {"text": _covered(text, tokens), "held_out": _covered(held_out, tokens)}
+        vocabulary = {"vocabulary": {"tokens": len(tokens), "covered": covered}}
     return {
         **summary,
         "kind": config.kind,
@@ -143,9 +174,24 @@ def _shrunk(config: DraftConfig, inputs: Mapping[str, Path], out: Path, context:
             "tokens": len(text.tokens),
             "reply_tokens": int(text.assistant.sum()),
         },
+        **vocabulary,
         "start": before,
         "held_out": _agreement(target, draft, held_out, context),
     }
+
+
+def frequent_tokens(text: Shard, count: int, vocab_size: int, always: Sequence[int] = ()) -> np.ndarray:
+    """Ids of the `count` tokens that the text's replies have most often, those of `always` among them: (count,), in
+    ascending order. Of equally frequent ones the lowest."""
+    times = np.bincount(text.tokens[text.assistant], minlength=vocab_size)
+    times[list(always)] = times.max() + 1
+    return np.sort(np.argsort(-times, kind="stable")[:count])
+
+
+def _covered(text: Shard, tokens: np.ndarray) -> float | None:
+    """Share of the tokens of the text's replies that are among these."""
+    replies = text.tokens[text.assistant]
+    return float(np.isin(replies, tokens).mean()) if len(replies) else None
 
 
 @dataclass(frozen=True)
@@ -255,23 +301,25 @@ def _replies(
     greedy_share: float,
 ) -> Shard:
     """Conversations of one turn; the first `greedy_share` of the replies are greedy, the others sampled."""
-    greedy = round(greedy_share * len(prompts))
-    size = config.generation_batch
-    starts = [*range(0, greedy, size), *range(greedy, len(prompts), size)]
-    ends = [*starts[1:], len(prompts)]
-    replies: list[list[int]] = []
-    generate, began = Generator(), time.monotonic()
-    for start, end in zip(starts, ends, strict=True):
-        replies += generate(
-            target,
-            [list(tokens) for _, tokens in prompts[start:end]],
-            config.max_tokens,
-            temperature=0.0 if start < greedy else config.temperature,
-            top_p=1.0 if start < greedy else config.top_p,
-            seed=context.seed + start,
-        )
-        rate = end / max(time.monotonic() - began, 1e-9)
-        context.progress(Progress(end, len(prompts), "replies", rate))
+    greedy, began = round(greedy_share * len(prompts)), time.monotonic()
+    asked, replies = [list(tokens) for _, tokens in prompts], list[list[int]]()
+
+    def told(share: float, part: int) -> None:
+        done = len(replies) + share * part
+        context.progress(Progress(round(done), len(prompts), "replies", done / max(time.monotonic() - began, 1e-9)))
+
+    for part, temperature, top_p in ((asked[:greedy], 0.0, 1.0), (asked[greedy:], config.temperature, config.top_p)):
+        if part:
+            replies += Generator()(
+                target,
+                part,
+                config.max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=context.seed,
+                slots=config.generation_batch,
+                progress=partial(told, part=len(part)),
+            )
     documents, masks = [], []
     for (_, prompt), reply in zip(prompts, replies, strict=True):
         documents.append(np.array([*prompt, *reply], np.uint32))
@@ -283,7 +331,7 @@ def _agreement(
     target: HybridForCausalLM, draft: HybridForCausalLM, text: Shard, context: StageContext
 ) -> dict[str, Any]:
     """KL(target ‖ draft) in nats per token and top-1 agreement on replies: of a greedy reply, the latter is what share
-    of tokens the draft would propose as the target says them."""
+    of tokens the draft would propose as the target says them. Both are over the whole vocabulary."""
     model = cast(HybridForCausalLM, _Informed(draft, target)) if draft.config.reads_features else draft
     blocks = []
     for index, name in enumerate(text.ids):

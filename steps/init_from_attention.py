@@ -52,7 +52,7 @@ def run(config: InitStageConfig, inputs: Mapping[str, Path], out: Path, context:
         start["near_identity"] = measure(teacher, student, inputs, context)
     if config.method != "paper" and config.measure_paper and base is teacher:
         shared = "legacy" if config.mixer == "mamba1" else "heads"
-        published = config.model_copy(update={"rope": False, "ngroups": "kv_heads", "gqa_mapping": shared})
+        published = config.model_copy(update={"rope": False, "window": 0, "ngroups": "kv_heads", "gqa_mapping": shared})
         start["paper"] = measure(teacher, build(published, teacher, kept, "paper", context.seed), inputs, context)
     save_student(student, inputs, out)
     return {
@@ -108,6 +108,7 @@ def build(
             a_max=config.a_max,
             rope=config.rope,
             ngroups=base.config.n_heads if config.ngroups == "heads" else None,
+            window=config.window,
             seed=seed,
             share=True,
         )

@@ -128,7 +128,8 @@ def train(
     weights, alone = list(trained.values()), config.accumulation == 1
     passes = GraphedPass(forward, weights, each_tensor, alone) if fixed else _EagerPass(forward)
     compiled = (m for m in (model, teacher) if fixed and m is not None)
-    with compiled_blocks(*compiled), _Saver(context, trained, optimizers) as saver:
+    kept = config.kept_activations
+    with compiled_blocks(*compiled, kept_activations=kept), _Saver(context, trained, optimizers) as saver:
         state = saver.restore()
         if state.step:
             log.info("continuing from step %d of %d", state.step, config.steps)
@@ -248,15 +249,21 @@ _PARTS = (
 """What marks a parameter's name → its part as `TrainConfig.frozen` calls it; the first that fits."""
 
 
+DECAYS = ("A_log", "dt_bias", ".D")
+"""Numbers of Mamba that are logarithms or few: at a matrix's rate they hardly move in a thousand steps."""
+
+
 def select_parameters(
     model: HybridForCausalLM, config: TrainConfig, among: Sequence[nn.Module] = ()
 ) -> list[tuple[float, dict[str, Tensor]]]:
-    """[(rate, name → parameter)] for mixers and for the rest but `config.frozen`; trained ones become float32, frozen
-    ones stay as they are.
+    """[(rate, name → parameter)] for mixers, their steps and decays where those have a rate of their own, and the rest
+    but `config.frozen`; trained ones become float32, frozen ones stay as they are.
 
     among: modules of the model whose parameters alone can train, all if none is named.
     """
-    groups: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    mixers: dict[str, Tensor] = {}
+    decays: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     eligible = {id(p) for module in among or [model] for p in module.parameters()}
     for name, parameter in model.named_parameters():
         part = next(part for mark, part in _PARTS if mark in name)
@@ -266,10 +273,12 @@ def select_parameters(
         parameter.requires_grad_(rate > 0)
         if rate > 0:
             parameter.data = parameter.data.float()
-            groups[is_mixer][name] = parameter
-    if not any(groups.values()):
+            is_decay = is_mixer and config.decay_lr_factor != 1.0 and name.endswith(DECAYS)
+            (decays if is_decay else mixers if is_mixer else others)[name] = parameter
+    if not mixers and not others:
         raise ValueError("nothing to train: mixer_lr and rest_lr are both 0, all is frozen, or the model has no mixer")
-    return [(config.mixer_lr, groups[True]), (config.rest_lr, groups[False])]
+    groups = [(config.mixer_lr, mixers), (config.rest_lr, others)]
+    return [*groups, (config.mixer_lr * config.decay_lr_factor, decays)] if decays else groups
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:

@@ -22,7 +22,7 @@ from corpora.shards import Shard
 from evals.stats import bootstrap_means
 from hybrid import HybridConfig, HybridForCausalLM, load_pretrained, ties
 from hybrid.bench import break_even, predicted_speedup, round_parts
-from hybrid.drafts import ModelDraft, NGramDraft
+from hybrid.drafts import ModelDraft, NGramDraft, load_draft
 from hybrid.engine import DecodeEngine, Sampling, SpeculationStats
 from kernels_ext import bench, dispatch
 from steps.config import SpeculativeStageConfig
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 MAX_PROMPT_TOKENS = 256
 REPEATS = {"cuda": 20, "cpu": 3}
 """Rounds over which a phase's median is taken, where the replies are long enough."""
+TURNS = 4
+"""Prompts per slot of a batch: a slot takes the next one when its reply ends, and only the last end one by one."""
 SSM_OPERATORS = ("ssd_update", "ssd_verify", "selective_update", "selective_verify")
 
 Draft = ModelDraft | NGramDraft
@@ -71,17 +73,18 @@ def run(config: SpeculativeStageConfig, inputs: Mapping[str, Path], out: Path, c
     """Writes profile.json: one group of rows per draft, batch and temperature, one row per K.
 
     On CUDA weights are of context.compute, on a CPU of float32. Greedy output must be plain greedy's token for token
-    but for what `hybrid.ties` grants to rounding. Batches are filled: prompts are repeated where there are too few, and
-    then count once in acceptance and intervals. With injected acceptance all rows are synthetic: they time the shapes,
-    their text is no text.
+    but for what `hybrid.ties` grants to rounding. Prompts take the slots of a batch in turns, as in serving, and are
+    repeated where there are too few; then they count once in acceptance and intervals. With injected acceptance all
+    rows are synthetic: they time the shapes, their text is no text.
     """
     dtype = compute_type(context) if context.device == "cuda" else torch.float32
     student = load_pretrained(inputs["student"], context.device, dtype)
     drafts: dict[str, Draft] = {}
     if "draft" in inputs:
-        drafts[config.draft] = ModelDraft(load_pretrained(inputs["draft"], context.device, dtype))
+        drafts[config.draft] = load_draft(inputs["draft"], context.device, dtype)
     drafts["ngram"] = NGramDraft(config.ngram)
-    prompts = _prompts(inputs["corpus"], max(config.prompts, *config.batches), context.seed)
+    asked = max(_asked(config, batch) for batch in config.batches)
+    prompts = _prompts(inputs["corpus"], asked, context.seed)
     profiler = _Profiler(config, student, prompts, context)
     groups = [
         group
@@ -114,6 +117,11 @@ def run(config: SpeculativeStageConfig, inputs: Mapping[str, Path], out: Path, c
         "identical": None if profiler.synthetic else wrong == 0,
         "synthetic": profiler.synthetic,
     }
+
+
+def _asked(config: SpeculativeStageConfig, batch: int) -> int:
+    """Prompts that are decoded with a batch of so many slots, repeated where there are too few."""
+    return max(config.prompts, TURNS * batch if batch > 1 else 1)
 
 
 def _size(model: HybridForCausalLM) -> int:
@@ -179,8 +187,8 @@ class _Profiler:
         config, context = self.config, self.context
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        used = min(len(self.prompts), max(config.prompts, batch))
-        order = [i % used for i in range(-(-used // batch) * batch)]
+        asked = _asked(config, batch)
+        order = [i % min(len(self.prompts), asked) for i in range(asked)]
         engine = DecodeEngine(
             self.student,
             batch=batch,
@@ -192,15 +200,8 @@ class _Profiler:
             injected=config.injected_acceptance if self.synthetic and k else None,
         )
         engine.generate([self.prompts[i] for i in order[:batch]], min(2, config.new_tokens))  # compiles and captures
-        replies: list[list[int]] = []
-        stats: list[SpeculationStats] = []
-        seconds = 0.0
-        for start in range(0, len(order), batch):
-            asked = [self.prompts[i] for i in order[start : start + batch]]
-            made = engine.generate(asked, config.new_tokens, seed=context.seed + start)
-            replies += made.replies
-            stats += made.stats
-            seconds += made.decode_seconds
+        made = engine.generate_all([self.prompts[i] for i in order], config.new_tokens, seed=context.seed)
+        replies, stats, seconds = made.replies, made.stats, made.decode_seconds
         peak = torch.cuda.max_memory_allocated() if self.on_cuda else None
         phases = self._phases(engine, order, plain.replies if plain else replies)
         tokens, rounds = sum(s.tokens for s in stats), sum(s.rounds for s in stats)

@@ -83,7 +83,7 @@ class TimedEngine(DecodeEngine):
         """Another engine with the same options but for `changes`."""
         return self._again(**changes)
 
-    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> None:
+    def _start(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:
         if not self.unread:
             super()._start(prompts, max_new_tokens)
             return
@@ -97,7 +97,7 @@ class TimedEngine(DecodeEngine):
             cache.cursors.folded[:rows] = counts - 1
             for layer in cache.layers:
                 for name, tensor in vars(layer).items():
-                    if isinstance(tensor, Tensor) and name != "A":
+                    if isinstance(tensor, Tensor) and name not in ("A", "slots"):
                         tensor.normal_(std=1.0 if isinstance(layer, KVCache) else 0.1, generator=random)
                         if name == "ring_dt":
                             tensor.abs_()
@@ -109,9 +109,9 @@ class TimedEngine(DecodeEngine):
         Raises ValueError unless max_length holds the longest prompt and (rounds + 1)·(K + 1) tokens.
         """
         room = (rounds + 1) * (self.k + 1)
-        self.check(prompts, room)
+        limits = self.check(prompts, room)
         self._warm_up()
-        self._start(prompts, room)
+        self._start(prompts, limits)
         self.random.manual_seed(seed)
 
     @torch.no_grad()

@@ -52,6 +52,11 @@ def check(config: HybridConfig) -> None:
         reasons.append(f'its mixers are {config.mixer}, Bamba\'s are Mamba-2 (init_from_attention.mixer = "mamba2")')
     if config.mamba_layers and config.mixer_rope:
         reasons.append("B and C are rotated by position, which Bamba does not do (init_from_attention.rope = false)")
+    if config.mamba_layers and config.mixer_window:
+        reasons.append(
+            f"its mixers also see the last {config.mixer_window} tokens by attention, Bamba's do not "
+            "(init_from_attention.window = 0)"
+        )
     if config.n_heads * config.head_dim != config.d_model:
         reasons.append(
             f"{config.n_heads} heads of {config.head_dim} make {config.d_inner} channels, and Bamba's attention has as "

@@ -52,6 +52,7 @@ class HybridLlamaConfig(PreTrainedConfig):
         d_state: int | None = None,
         ngroups: int | None = None,
         mixer_rope: bool = False,
+        mixer_window: int = 0,
         dt_rank: int | None = None,
         gqa_mapping: str = "heads",
         attention_bias: bool = False,
@@ -72,6 +73,11 @@ class HybridLlamaConfig(PreTrainedConfig):
             raise ValueError(
                 f"gqa_mapping {gqa_mapping!r} is not supported here; supported: 'heads'; "
                 "hybrid.load_pretrained reads it"
+            )
+        if mixer_window:
+            raise ValueError(
+                f"mixers that see {mixer_window} tokens by attention (mixer_window) are not supported here; "
+                "hybrid.load_pretrained reads them"
             )
         eos_token_id = kwargs.pop("eos_token_id", None)
         if not eos_token_ids and eos_token_id is not None:
@@ -99,6 +105,7 @@ class HybridLlamaConfig(PreTrainedConfig):
         self.d_state = d_state
         self.ngroups = ngroups
         self.mixer_rope = mixer_rope
+        self.mixer_window = mixer_window
         self.dt_rank = dt_rank
         self.gqa_mapping = gqa_mapping
         self.attention_bias = attention_bias

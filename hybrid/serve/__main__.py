@@ -1,8 +1,8 @@
 """`python -m hybrid.serve MODEL [--draft ngram|FOLDER]`: an OpenAI-compatible server for trying a model.
 
-Clients take `http://HOST:PORT/v1` as their base URL and any API key. Requests that arrive together and are sampled
-alike share a batch; who comes while one runs waits for its end; a sampled request with a seed runs alone. For many
-users at once, export the model (`python -m hybrid.export`) and serve that with vLLM.
+Clients take `http://HOST:PORT/v1` as their base URL and any API key. Requests that are sampled alike are decoded
+together and join while others run; who is sampled differently waits for their end; a sampled request with a seed runs
+alone. For many users at once, export the model (`python -m hybrid.export`) and serve that with vLLM.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from hybrid.checkpoint import load_pretrained
-from hybrid.drafts import Draft, ModelDraft, NGramDraft
+from hybrid.drafts import Draft, ModelDraft, NGramDraft, load_draft
 from hybrid.engine import DecodeEngine
 from hybrid.model import HybridForCausalLM
 
@@ -26,7 +27,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Loaded:
-    """name: the folder's. draft: None, "ngram" or a model; k: its proposals per round, 0 without one."""
+    """name: the folder's. draft: None, "ngram" or a model; draft_tokens: of those that a model proposes among, None for
+    all; k: its proposals per round, 0 without one."""
 
     name: str
     model: HybridForCausalLM
@@ -34,6 +36,7 @@ class Loaded:
     max_length: int
     draft: str | HybridForCausalLM | None = None
     k: int = 0
+    draft_tokens: Tensor | None = None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -43,8 +46,10 @@ class Loaded:
 
     def engine(self, batch: int) -> DecodeEngine:
         draft: Draft | None = None
-        if self.draft is not None:
-            draft = ModelDraft(self.draft) if isinstance(self.draft, HybridForCausalLM) else NGramDraft()
+        if isinstance(self.draft, HybridForCausalLM):
+            draft = ModelDraft(self.draft, self.draft_tokens)
+        elif self.draft is not None:
+            draft = NGramDraft()
         return DecodeEngine(
             self.model,
             batch=batch,
@@ -89,8 +94,10 @@ def load(folder: Path, options: argparse.Namespace) -> Loaded:
     dtype = getattr(torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32"))
     model = load_pretrained(folder, options.device, dtype)
     proposer: str | HybridForCausalLM | None = options.draft
+    tokens: Tensor | None = None
     if proposer not in (None, "ngram"):
-        proposer = load_pretrained(Path(options.draft), options.device, dtype)
+        made = load_draft(Path(options.draft), options.device, dtype)
+        proposer, tokens = made.model, made.tokens
     return Loaded(
         name=folder.name,
         model=model,
@@ -98,6 +105,7 @@ def load(folder: Path, options: argparse.Namespace) -> Loaded:
         max_length=options.max_length or min(MAX_LENGTH, model.config.max_position_embeddings),
         draft=proposer,
         k=0 if proposer is None else options.k or PROPOSALS,
+        draft_tokens=tokens,
     )
 
 

@@ -1,8 +1,9 @@
 """One thread that owns the decode engines, and the requests that wait for it.
 
-Requests that wait together and are sampled alike are decoded as one batch; who comes while a batch runs waits for its
-end, because rows of a `DecodeEngine` begin together. A request ends by its own limit, by an end-of-turn token or by
-being cancelled, and then its row costs nothing more than an inert one.
+Requests that are sampled alike are decoded together: who comes takes a free slot before the next round, and leaves it
+by its own limit, by an end-of-turn token or by being cancelled, while the others go on. One that is sampled differently
+waits until all have ended, and nobody who came after it is taken before. A request that is left by itself is decoded
+with an engine of one row, and moves to the large one when a second comes.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
-from torch import Tensor
-
-from hybrid.engine import DecodeEngine, Sampling
+from hybrid.engine import DecodeEngine, Look, Sampling
 
 logger = logging.getLogger(__name__)
+
+LOOK_BACK = 1
+"""Rounds after which CUDA's tokens are handed out: meanwhile the device has the next one to do."""
 
 
 class QueueFullError(Exception):
@@ -28,7 +32,7 @@ class QueueFullError(Exception):
 class Job:
     """One request.
 
-    deliver: gets lists of new tokens as rounds end, or the exception that ended the batch, in the worker's thread.
+    deliver: gets lists of new tokens as rounds end, or the exception that ended it, in the worker's thread.
     seed: a seeded job that is sampled is decoded alone, so that its reply depends on nothing else. cancelled: set by
     `Worker.cancel`.
     """
@@ -44,6 +48,10 @@ class Job:
     def alone(self) -> bool:
         return self.seed is not None and not self.sampling.greedy
 
+    def joins(self, other: Job) -> bool:
+        """Whether both can be rows of one engine at once."""
+        return self is other or (self.sampling == other.sampling and not self.alone and not other.alone)
+
 
 class Worker:
     """Decodes up to max_batch jobs at once; at most max_queue more wait.
@@ -55,11 +63,16 @@ class Worker:
     def __init__(self, make_engine: Callable[[int], DecodeEngine], max_batch: int, max_queue: int) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.engines = [make_engine(rows) for rows in sorted({1, max_batch})]
+        self.look_back = LOOK_BACK if self.engines[0].device.type == "cuda" else 0
+        self._engine = self.engines[0]
+        self._looks: deque[tuple[Look, dict[int, Job]]] = deque()
+        """Rounds that nobody has heard of yet, and whose rows they were."""
         self._waiting: list[Job] = []
+        self._running: dict[int, Job] = {}
+        """Slot of the engine in use → its job, until its end is known."""
         self._closed = False
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
-        self._running: list[Job] = []
 
     def start(self) -> None:
         """Compile and capture what the first request would wait for, then take jobs."""
@@ -85,7 +98,7 @@ class Worker:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Jobs that wait, and jobs of the batch that is decoded, those that have ended before it included."""
+        """Jobs that wait, and jobs that are decoded."""
         with self._change:
             return len(self._waiting), len(self._running)
 
@@ -93,49 +106,73 @@ class Worker:
         """Cancel everything and wait for the thread."""
         with self._change:
             self._closed = True
-            for job in (*self._waiting, *self._running):
+            for job in (*self._waiting, *self._running.values()):
                 job.cancelled = True
             self._waiting.clear()
             self._change.notify()
         self._thread.join()
 
     def _run(self) -> None:
-        while batch := self._next():
+        while moves := self._next():
             try:
-                self._decode(batch)
-            except Exception as error:  # whatever one batch runs into, the next is served
-                logger.exception("a batch of %d requests failed", len(batch))
-                for job in batch:
+                self._round(*moves)
+            except Exception as error:  # whatever these jobs run into, the next are served
+                with self._change:
+                    failed, self._running = list(self._running.values()), {}
+                logger.exception("%d requests failed", len(failed))
+                for job in failed:
                     job.deliver(error)
 
-    def _next(self) -> list[Job]:
-        """The longest waiting job and those that can be decoded with it; nothing once closed."""
+    def _next(self) -> tuple[DecodeEngine, dict[int, Job], dict[int, Job]] | None:
+        """The engine for the next round, the slot that each running job had until now, and the jobs that begin in
+        theirs; waits while there are none, and gives None once closed."""
         with self._change:
-            self._running = []
-            self._change.wait_for(lambda: self._waiting or self._closed)
-            first = self._waiting[:1]
-            batch = first + [
-                job
-                for job in self._waiting[1:]
-                if job.sampling == first[0].sampling and not job.alone and not first[0].alone
-            ]
-            self._running = batch[: self.max_batch]
-            self._waiting = [job for job in self._waiting if job not in self._running]
-            return self._running
+            before = self._running
+            if before:
+                first = next(iter(before.values()))
+                fitting = list(takewhile(first.joins, self._waiting))
+            else:
+                self._change.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return None
+                fitting = [job for job in self._waiting if job.joins(self._waiting[0])]
+            taken = fitting[: self.max_batch - len(before)]
+            self._waiting = [job for job in self._waiting if job not in taken]
+            engine = next(engine for engine in self.engines if engine.batch >= len(before) + len(taken))
+            kept = before if engine is self._engine else dict(enumerate(before.values()))
+            free = [slot for slot in range(engine.batch) if slot not in kept]
+            new = dict(zip(free, taken, strict=False))
+            self._running = {**kept, **new}
+            return engine, before, new
 
-    def _decode(self, batch: list[Job]) -> None:
-        def hand_out(tokens: Tensor) -> list[int]:
-            for job, row in zip(batch, tokens.tolist(), strict=True):
-                if new := [token for token in row if token >= 0]:
-                    job.deliver(new)
-            return [row for row, job in enumerate(batch) if job.cancelled]
+    def _round(self, engine: DecodeEngine, before: dict[int, Job], new: dict[int, Job]) -> None:
+        if not before or engine is not self._engine:
+            one = next(iter(self._running.values()))
+            if not before:
+                self._looks.clear()  # of rounds after the last end
+            seed = one.seed if one.alone else None
+            engine.begin(one.sampling, secrets.randbits(62) if seed is None else seed)
+            for slot, theirs in enumerate(before):
+                engine.adopt(self._engine, theirs, slot)
+            self._engine = engine
+        if new:
+            engine.admit(list(new), [job.prompt for job in new.values()], [job.max_new_tokens for job in new.values()])
+        engine.round()
+        self._looks.append((engine.look(), dict(self._running)))
+        if len(self._looks) > self.look_back:
+            self._hand_out(*self._looks.popleft())
 
-        engine = next(engine for engine in self.engines if engine.batch >= len(batch))
-        seed = batch[0].seed if batch[0].alone else None
-        engine.generate(
-            [job.prompt for job in batch],
-            [job.max_new_tokens for job in batch],
-            seed=secrets.randbits(62) if seed is None else seed,
-            sampling=batch[0].sampling,
-            callback=hand_out,
-        )
+    def _hand_out(self, look: Look, jobs: dict[int, Job]) -> None:
+        """Deliver what a round added to its jobs, and make room where a job has ended."""
+        added, inert = look.wait()
+        for slot, row in enumerate(added.tolist()):
+            if new := [token for token in row if token >= 0]:
+                jobs[slot].deliver(new)
+        ended = {job for slot, job in jobs.items() if slot in inert}
+        with self._change:
+            cancelled = [slot for slot, job in self._running.items() if job.cancelled]
+            self._running = {
+                slot: job for slot, job in self._running.items() if slot not in cancelled and job not in ended
+            }
+        if cancelled:
+            self._engine.end(cancelled)

@@ -21,55 +21,92 @@ def launch_config(batch: int, tokens: int, channels: int) -> dict:
 
 
 @triton.jit
-def _convolve(
-    x, ring, weight, bias, y, ring_x, ring_B,
-    lengths, slots, offset, b, block, channels, channels_x, channels_B,
-    x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
-    ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l, weight_stride_c,
-    T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    i = tl.arange(0, BLOCK_T)
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < channels
-    in_window = (i < T)[:, None] & in_c[None, :]
-    x_row = x + b * x_stride_b + c[None, :]
-    tap_weights = weight + c * weight_stride_c
-
-    # The sum starts with nothing that waits: what needs the row's slot comes last.
-    acc = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+def _own(weight, bias, c, mask, weight_stride_c, W: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What of channels c the kernel before does not write: bias and the weight of the token itself."""
+    added = tl.zeros((BLOCK_C,), dtype=tl.float32)
     if HAS_BIAS:
-        acc += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    last_weight = tl.load(tap_weights + (W - 1), mask=in_c, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_wait()
-    slot = tl.load(slots + b).to(tl.int64)
-    window = tl.load(x_row + i[:, None] * x_stride_t, mask=in_window, other=0.0)  # (BLOCK_T, BLOCK_C)
-    acc += window.to(tl.float32) * last_weight[None, :]
+        added += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    return added, tl.load(weight + c * weight_stride_c + (W - 1), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sums(
+    x_row, ring_row, weight, added, last_weight, c, mask, start, live, x_stride_t, ring_stride_r, weight_stride_c,
+    T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Channels c of the convolution, rounded, and the window's own inputs, both (BLOCK_T, BLOCK_C)."""
+    i = tl.arange(0, BLOCK_T)
+    in_window = (i < T)[:, None] & mask[None, :]
+    tap_weights = weight + c * weight_stride_c
+    # The sum starts with what does not wait for the row's length.
+    window = tl.load(x_row + i[:, None] * x_stride_t + c[None, :], mask=in_window, other=0.0)
+    acc = added[None, :] + window.to(tl.float32) * last_weight[None, :]
     for k in tl.static_range(W - 1):
         if W - 1 - k < T:
             back = i - (W - 1) + k  # counted from the window's first token
-            from_x = tl.load(x_row + back[:, None] * x_stride_t, mask=in_window & (back >= 0)[:, None], other=0.0)
-            tap_weight = tl.load(tap_weights + k, mask=in_c, other=0.0).to(tl.float32)
+            at = x_row + back[:, None] * x_stride_t + c[None, :]
+            from_x = tl.load(at, mask=in_window & (back >= 0)[:, None], other=0.0)
+            tap_weight = tl.load(tap_weights + k, mask=mask, other=0.0).to(tl.float32)
             acc += from_x.to(tl.float32) * tap_weight[None, :]
-    live = slot >= 0
-    start = tl.load(lengths + slot, mask=live, other=0) + offset
-    ring_row = ring + slot * ring_stride_s + c[None, :]
     for k in tl.static_range(W - 1):
         back = i - (W - 1) + k
         position = start + back
         past = in_window & ((back < 0) & (position >= 0) & live)[:, None]
-        from_ring = tl.load(ring_row + (position % R)[:, None] * ring_stride_r, mask=past, other=0.0)
-        tap_weight = tl.load(tap_weights + k, mask=in_c, other=0.0).to(tl.float32)
+        from_ring = tl.load(ring_row + (position % R)[:, None] * ring_stride_r + c[None, :], mask=past, other=0.0)
+        tap_weight = tl.load(tap_weights + k, mask=mask, other=0.0).to(tl.float32)
         acc += from_ring.to(tl.float32) * tap_weight[None, :]
     if SILU:
         acc = acc * tl.sigmoid(acc)
-    result = tl.where(live, acc, 0.0).to(y.dtype.element_ty)
-    tl.store(y + (b * T + i[:, None]) * channels + c[None, :], result, mask=(i < T)[:, None] & (c < channels)[None, :])
+    return tl.where(live, acc, 0.0).to(DTYPE), window
 
-    in_window = in_window & live
+
+@triton.jit
+def _convolve(
+    x, ring, weight, bias, y, ring_x, ring_B, cos, sin,
+    lengths, slots, offset, b, block, channels, channels_x, channels_B, first_turned,
+    x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
+    ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l, weight_stride_c,
+    T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RING: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, BLOCK_T)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < channels
+    added, last_weight = _own(weight, bias, c, in_c, weight_stride_c, W, HAS_BIAS, BLOCK_C)
+    if HALF > 0:
+        # The other half of a channel's head may be another program's, so each computes what it needs of it.
+        turned = in_c & (c >= first_turned)
+        d = (c - first_turned) % (2 * HALF)
+        other = tl.where(d < HALF, c + HALF, c - HALF)
+        other_added, other_weight = _own(weight, bias, other, turned, weight_stride_c, W, HAS_BIAS, BLOCK_C)
+    if PDL:
+        gdc_wait()
+    slot = tl.load(slots + b).to(tl.int64)
+    live = slot >= 0
+    start = tl.load(lengths + slot, mask=live, other=0) + offset
     position = start + i
-    tl.store(ring_row + (position % R)[:, None] * ring_stride_r, window, mask=in_window)
+    x_row = x + b * x_stride_b
+    ring_row = ring + slot * ring_stride_s
+    result, window = _sums(
+        x_row, ring_row, weight, added, last_weight, c, in_c, start, live, x_stride_t, ring_stride_r, weight_stride_c,
+        T, W, R, SILU, BLOCK_T, BLOCK_C, y.dtype.element_ty,
+    )  # fmt: skip
+    if HALF > 0:
+        half, _ = _sums(
+            x_row, ring_row, weight, other_added, other_weight, other, turned, start, live, x_stride_t, ring_stride_r,
+            weight_stride_c, T, W, R, SILU, BLOCK_T, BLOCK_C, y.dtype.element_ty,
+        )  # fmt: skip
+        in_table = ((i < T) & live)[:, None] & turned[None, :]
+        at = position[:, None] * HALF + (d % HALF)[None, :]
+        cosine = tl.load(cos + at, mask=in_table, other=1.0)
+        sine = tl.load(sin + at, mask=in_table, other=0.0)
+        sine = tl.where((d < HALF)[None, :], -sine, sine)
+        result = (result.to(tl.float32) * cosine + half.to(tl.float32) * sine).to(result.dtype)
+    tl.store(y + (b * T + i[:, None]) * channels + c[None, :], result, mask=(i < T)[:, None] & in_c[None, :])
+
+    in_window = (i < T)[:, None] & in_c[None, :] & live
+    tl.store(ring_row + (position % R)[:, None] * ring_stride_r + c[None, :], window, mask=in_window)
     if HAS_RING:
         column = (position % L)[:, None]
         to_x = ring_x + slot * ring_x_stride_s + column * ring_x_stride_l + c[None, :]
@@ -114,12 +151,12 @@ def _softplus_dt(
 
 @triton.jit(do_not_specialize=["offset"])
 def _conv_ring_kernel(
-    x, ring, weight, bias, lengths, slots, y, dt, dt_bias, dt_out, ring_x, ring_B, ring_dt, offset,
-    channels, channels_x, channels_B, heads, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
+    x, ring, weight, bias, lengths, slots, y, dt, dt_bias, dt_out, ring_x, ring_B, ring_dt, cos, sin, offset,
+    channels, channels_x, channels_B, first_turned, heads, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
     dt_stride_b, dt_stride_t, ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l,
     ring_dt_stride_s, ring_dt_stride_h, ring_dt_stride_l, weight_stride_c,
     T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_DT: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_RING: tl.constexpr,
+    HAS_DT: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_RING: tl.constexpr, HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -128,10 +165,10 @@ def _conv_ring_kernel(
     block = tl.program_id(1)
     if block * BLOCK_C < channels:
         _convolve(
-            x, ring, weight, bias, y, ring_x, ring_B, lengths, slots, offset, b, block,
-            channels, channels_x, channels_B, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
+            x, ring, weight, bias, y, ring_x, ring_B, cos, sin, lengths, slots, offset, b, block,
+            channels, channels_x, channels_B, first_turned, x_stride_b, x_stride_t, ring_stride_s, ring_stride_r,
             ring_x_stride_s, ring_x_stride_l, ring_B_stride_s, ring_B_stride_l, weight_stride_c,
-            T, W, R, L, SILU, HAS_BIAS, HAS_RING, BLOCK_T, BLOCK_C, PDL,
+            T, W, R, L, SILU, HAS_BIAS, HAS_RING, HALF, BLOCK_T, BLOCK_C, PDL,
         )  # fmt: skip
     elif HAS_DT:  # the last program of a row
         _softplus_dt(
@@ -154,6 +191,8 @@ def conv_ring_update(
     ring_x: Tensor | None = None,
     ring_B: Tensor | None = None,
     ring_dt: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    first_turned: int = 0,
     *,
     config: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -170,11 +209,15 @@ def conv_ring_update(
         assert ring_B is not None and ring_dt is not None and dt is not None
         assert ring_x[0, 0].is_contiguous() and ring_B[0, 0].is_contiguous()
     heads = 1 if dt is None else dt.shape[2]
+    cos, sin = (None, None) if rope is None else rope
+    if rope is not None:
+        assert all(table.is_contiguous() for table in rope) and first_turned % (2 * rope[0].shape[1]) == 0
     _conv_ring_kernel[(batch, blocks)](
-        x, ring, weight, bias, lengths, slots, y, dt, dt_bias, dt_out, ring_x, ring_B, ring_dt, offset,
+        x, ring, weight, bias, lengths, slots, y, dt, dt_bias, dt_out, ring_x, ring_B, ring_dt, cos, sin, offset,
         channels,
         0 if ring_x is None else ring_x[0, 0].numel(),
         0 if ring_B is None else ring_B[0, 0].numel(),
+        first_turned,
         heads,
         *x.stride()[:2],
         *ring.stride()[:2],
@@ -185,7 +228,7 @@ def conv_ring_update(
         weight.stride(0),
         T=length, W=weight.shape[1], R=ring.shape[1], L=1 if ring_x is None else ring_x.shape[1],
         SILU=silu, HAS_BIAS=bias is not None, HAS_DT=dt is not None, HAS_DT_BIAS=dt_bias is not None,
-        HAS_RING=ring_x is not None,
+        HAS_RING=ring_x is not None, HALF=0 if cos is None else cos.shape[1],
         BLOCK_T=triton.next_power_of_2(length), BLOCK_H=triton.next_power_of_2(heads),
         **pdl.launch_options(config, x.device, batch * blocks),
     )  # fmt: skip

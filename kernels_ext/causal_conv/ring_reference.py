@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels_ext.rotary.reference import rotate_heads
 from kernels_ext.slots import writing_rows
 
 
@@ -23,6 +24,8 @@ def conv_ring_update(
     ring_x: Tensor | None = None,
     ring_B: Tensor | None = None,
     ring_dt: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    first_turned: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """y_p = bias + Σ_k weight_k · x_{p−W+1+k} at positions p = lengths[slot] + offset + i, and SiLU if `silu`.
 
@@ -35,7 +38,11 @@ def conv_ring_update(
     ring_B (S, L, G, N) and ring_dt (S, H, L) float32, the channels being x | B | C, the convolved x and B and dt_out
     are also written there, position p at p mod L (2408.15237 §5: the cache from which a window is replayed).
 
-    Returns y (B, T, C) in x's type, summed in float32 and rounded once, and dt_out (B, T, H) or None.
+    rope: cos and sin (≥ M, P / 2) float32 by position, M above every position of the window. Channels from first_turned
+    on, a multiple of P, are then B and C by heads of P channels, each turned by its position (2104.09864 §3.2.2, halves
+    as in Llama) after y was rounded, in float32, and rounded again; what goes to ring_B is turned.
+
+    Returns y (B, T, C) in x's type, summed in float32 and rounded, and dt_out (B, T, H) or None.
     """
     batch, length, _ = x.shape
     width = weight.shape[1]
@@ -51,6 +58,11 @@ def conv_ring_update(
     if bias is not None:
         y = y + bias.float()
     y = torch.where(live, F.silu(y) if silu else y, 0).to(x.dtype)
+    if rope is not None:
+        cos, sin = rope
+        at = (start[:, None] + torch.arange(length, device=x.device)).clamp(max=cos.shape[0] - 1)
+        heads = y[..., first_turned:].unflatten(-1, (-1, 2 * cos.shape[1]))
+        y = torch.cat([y[..., :first_turned], rotate_heads(heads, cos[at], sin[at]).flatten(-2)], dim=-1)
 
     source, slot, writes = writing_rows(slots)
     position = lengths[slot, None].long() + offset + torch.arange(length, device=x.device)  # (B, T)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid, 
 
 from hybrid import HybridForCausalLM
 from hybrid.bench.peers import transformers_twin
-from hybrid.mamba2 import Mamba2Mixer
+from hybrid.mamba2 import GatedRMSNorm, Mamba2Mixer
 from kernels_ext.causal_conv.reference import causal_conv
 from kernels_ext.gated_norm.reference import gated_rms_norm
 from kernels_ext.ssd.mamba_ssm_kernel import ssd_mamba_ssm
@@ -132,6 +132,7 @@ class RepeatedHeads(nn.Module):
         x, B = (t.repeat_interleave(ratio, dim=2) for t in (x, B))  # (B, L, H, P)
         scan = ssd_mamba_ssm if x.is_cuda and _mamba_ssm_imports() else ssd_chunked
         y, _state = scan(x, dt, mixer.A, B, C, mixer.D, seq_idx)
+        assert isinstance(mixer.norm, GatedRMSNorm)
         y = gated_rms_norm(y.flatten(-2), z, mixer.norm.weight, mixer.norm.group_size, mixer.norm.eps)
         return mixer.out_proj(y), None
 

@@ -23,15 +23,15 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def engine(monkeypatch):
-    """A stand-in for the engine, whose calls take `warm_up`, 1, 2, 4, 3, … seconds to decode and twice as long to read;
-    what it was given. `fail` may raise for a shape (batch, max_length)."""
+    """A stand-in for the engine, whose calls take `warm_up` twice, then 1, 2, 4, 3, … seconds to decode and twice as
+    long to read; what it was given. `fail` may raise for a shape (batch, max_length)."""
     seen = SimpleNamespace(options=[], prompts=[], tokens=[], warm_up=0.5, fail=lambda batch, max_length: None)
 
     class Engine:
         def __init__(self, model, **options):
             seen.options.append(options)
             seen.fail(options["batch"], options["max_length"])
-            self.seconds = iter([seen.warm_up, 1.0, 2.0, 4.0, 3.0, 8.0])
+            self.seconds = iter([seen.warm_up, seen.warm_up, 1.0, 2.0, 4.0, 3.0, 8.0])
 
         def generate(self, prompts, max_new_tokens):
             seen.prompts.append(prompts)
@@ -69,8 +69,8 @@ def test_every_batch_meets_every_context_and_no_reply_ends_early(teacher, corpus
     assert [(c["batch"], c["context"]) for c in summary["decode"]] == grid
     assert [(c["batch"], c["context"]) for c in summary["prefill"]] == grid
     assert engine.options == [{"batch": b, "max_length": c + 12, "eos_token_ids": ()} for b, c in grid]
-    assert engine.tokens == [efficiency.WARM_UP_TOKENS, 12, 12] * 4
-    assert [(len(p), len(p[0])) for p in engine.prompts[::3]] == grid
+    assert engine.tokens == [1, efficiency.WARM_UP_TOKENS, 12, 12] * 4
+    assert [(len(p), len(p[0])) for p in engine.prompts[::4]] == grid
     assert engine.prompts[0][0].tolist() == list(range(3, 11))  # the corpus' own tokens
     assert [share for share, _ in said] == [0.25, 0.5, 0.75, 1.0]
     assert said[0][1] == "batch 1, context 8: 9 tokens/s"
@@ -127,7 +127,7 @@ def test_replies_are_as_long_as_the_time_suffices_for(teacher, corpus, engine, w
     engine.warm_up = warm_up  # of 4 tokens
     config = EfficiencyConfig(batches=[1], contexts=[4], tokens=20, repeats=2, seconds_per_cell=10.0)
     found = measured(teacher, corpus, config)["decode"][0]
-    assert engine.tokens == [4, tokens, tokens]
+    assert engine.tokens == [1, 4, tokens, tokens]
     assert (found["low"], found["high"]) == (tokens * 0.625, tokens * 0.875)  # in 1 and in 2 seconds
 
 

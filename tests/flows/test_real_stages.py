@@ -39,12 +39,14 @@ method = "restore"
 sequences = 4
 
 [init_from_attention]
+window = 4
 tokens = 512
 batch_size = 4
 seq_len = 32
 
 [align]
 steps = 6
+decay_lr_factor = 5.0
 seq_len = 32
 mixer_lr = 1e-4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,46 +43,64 @@ def folder(path: Path, **changes: Any) -> Path:
 
 
 class Gate:
-    """Rounds of a worker's engines wait while it is shut; `rounds` counts those that ran, `batches` their sizes."""
+    """Rounds of a worker's engines wait while it is shut.
+
+    held: one waits. rounds: how many began. admitted: how many prompts were admitted at once, each time. moves: (batch,
+    batch) of the engines that a row moved between.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self._open = threading.Event()
-        self._open.set()
-        self.rounds, self.batches, self.waiting = 0, [], 0
+        self._change = threading.Condition()
+        self._left = math.inf
+        self.rounds = 0
+        self.held = False
+        self.admitted: list[int] = []
+        self.moves: list[tuple[int, int]] = []
         for engine in worker.engines:
-            engine.round = self._gated(engine.round)  # type: ignore[method-assign]
-            engine.generate = self._counted(engine.generate)  # type: ignore[method-assign]
+            self._watch(engine)
 
-    def _gated(self, call: Callable[[], None]) -> Callable[[], None]:
-        def round() -> None:
-            self.waiting += 1
-            assert self._open.wait(DEADLINE), "the gate was never opened"
-            self.waiting -= 1
-            self.rounds += 1
-            call()
+    def _watch(self, engine: Any) -> None:
+        round, admit, adopt = engine.round, engine.admit, engine.adopt
 
-        return round
+        def gated() -> None:
+            with self._change:
+                self.held = self._left <= 0
+                assert self._change.wait_for(lambda: self._left > 0, DEADLINE), "the gate was never opened"
+                self.held = False
+                self._left -= 1
+                self.rounds += 1
+            round()
 
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def generate(prompts: Any, *arguments: Any, **options: Any) -> Any:
-            self.batches.append(len(prompts))
-            return call(prompts, *arguments, **options)
+        def noted(slots: Any, prompts: Any, max_new_tokens: Any) -> None:
+            self.admitted.append(len(slots))
+            admit(slots, prompts, max_new_tokens)
 
-        return generate
+        def moved(other: Any, theirs: int, slot: int) -> None:
+            self.moves.append((other.batch, engine.batch))
+            adopt(other, theirs, slot)
+
+        engine.round, engine.admit, engine.adopt = gated, noted, moved
+
+    def let(self, rounds: float) -> None:
+        """Let so many more rounds through."""
+        with self._change:
+            self._left += rounds
+            self._change.notify_all()
 
     @contextlib.contextmanager
     def shut(self) -> Iterator[None]:
-        self._open.clear()
+        with self._change:
+            self._left = 0
         try:
             yield
         finally:
-            self._open.set()
+            self.let(math.inf)
 
     def forget(self) -> None:
         """Wait until nothing is decoded, then count from 0."""
         until(lambda: self.worker.load == (0, 0))
-        self.rounds, self.batches = 0, []
+        self.rounds, self.admitted, self.moves = 0, [], []
 
 
 class Served:

@@ -8,14 +8,21 @@ from torch import Tensor
 
 from hybrid import HybridForCausalLM
 from hybrid.cache import HybridCache, KVCache, SSMCache, ring_slots
-from hybrid.engine import right_pad
+from hybrid.prefill import right_pad
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import VOCAB, prompts, tokens
 
+MODELS = {
+    "hybrid": {"attention_layers": (1, 3)},
+    "mamba": {"attention_layers": ()},
+    "attention": {"attention_layers": (0, 1, 2, 3)},
+    "windows": {"attention_layers": (1,), "mixer_window": 5, "mixer_rope": True},
+}
 
-@pytest.fixture(scope="module", params=[(1, 3), (), (0, 1, 2, 3)], ids=["hybrid", "mamba", "attention"])
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request) -> HybridForCausalLM:
-    return tiny_hybrid.model(attention_layers=request.param)
+    return tiny_hybrid.model(**MODELS[request.param])
 
 
 def read(model: HybridForCausalLM, rows: list[list[int]], cache: HybridCache) -> list[Tensor]:
@@ -147,14 +154,26 @@ def test_slots_used_before_are_as_good_as_new(model):
         assert_close(logits[row], model(torch.tensor([rows[row] + new[row].tolist()]))[0, -4:])
 
 
-def test_some_rows_of_a_cache_are_a_cache(model):
-    cache, rows = model.new_cache(4, 30), prompts(7, 12, 5, 3)
-    for start in (0, 2):
-        read(model, rows[start : start + 2], cache.rows(start, start + 2))
-    cache.fresh = False
-    assert cache.cursors.lengths.tolist() == [7, 12, 5, 3]
-    for row, logits in zip(rows, read(model, [[4]] * 4, cache), strict=True):
-        assert_close(logits, model(torch.tensor([[*row, 4]]))[0, -1:])
+@pytest.mark.parametrize("mixer", [{}, {"mixer": "mamba1", "d_state": 4}], ids=["mamba-2", "mamba-1"])
+def test_texts_are_read_into_slots_of_a_cache_in_use(mixer):
+    """In any order, also one slot twice with the same text; the others keep theirs, windows that were read included."""
+    model = tiny_hybrid.model(**mixer)
+    cache, rows = model.new_cache(4, 40, window=3), prompts(7, 12, 5, 3)
+    read(model, rows, cache)
+    tried = tokens(4, 3)
+    model.decode(tried, cache, torch.arange(4, dtype=torch.int32))
+    keep(cache, [3, 1, 2, 2])
+    rows = [row + new[:n] for row, new, n in zip(rows, tried.tolist(), [3, 1, 2, 2], strict=True)]
+    slots, others = torch.tensor([3, 1, 1]), prompts(20, 2, seed=5)
+    opened = cache.opened(slots)
+    read(model, [others[0], others[1], others[1]], opened)
+    cache.keep(opened, slots)
+    rows[3], rows[1] = others
+    assert cache.cursors.lengths.tolist() == [len(row) for row in rows] == [10, 2, 7, 20]
+    new = tokens(4, 3, seed=9)
+    logits = model.decode(new, cache, torch.arange(4, dtype=torch.int32)).view(4, 3, -1)
+    for row in range(4):
+        assert_close(logits[row], model(torch.tensor([rows[row] + new[row].tolist()]))[0, -3:])
 
 
 def test_a_full_cache_says_so(model):
@@ -177,6 +196,15 @@ def test_too_short_a_ring_is_refused(model):
         model.new_cache(1, 20, window=5, ring=9)
 
 
+def test_too_short_a_ring_for_the_mixers_windows_is_refused():
+    model = tiny_hybrid.model(attention_layers=(), mixer_window=20)
+    with pytest.raises(
+        ValueError, match="ring of 24 slots.*windows of 5 tokens.*see 20 tokens: ring must be at least 25"
+    ):
+        model.new_cache(1, 50, window=5, ring=24)
+    assert ring_slots(model.config, 13) == 64
+
+
 def test_rings_hold_two_windows():
     config = tiny_hybrid.config()
     assert [ring_slots(config, window) for window in (2, 9, 16, 17)] == [32, 32, 32, 64]
@@ -191,6 +219,7 @@ def test_bytes_are_those_that_are_held(model):
         else:
             held["ssm"] += state.state.nbytes
             held["conv"] += state.conv.nbytes
-    assert cache.bytes() == held
-    assert model.cache_bytes(3, 50) | {"ring": 0} == held
+            held["ring"] += sum(t.nbytes for t in (state.ring_x, state.ring_B, state.ring_dt) if t is not None)
+    assert cache.bytes() == held == model.cache_bytes(3, 50)
+    assert (held["ring"] > 0) == bool(model.config.mixer_window)
     assert (model.new_cache(3, 50, window=4).bytes()["ring"] > 0) == bool(model.config.mamba_layers)

@@ -67,6 +67,22 @@ def test_only_out_proj_changes(teacher, student, batches):
     assert changed == {f"model.layers.{layer}.mamba.out_proj.weight" for layer in LAYERS}
 
 
+def test_windows_are_measured_first_and_leave_less_error(teacher, student, batches):
+    """Sinks from documents' first tokens of the first batch, features of RMS 1 by head, then the ridge."""
+    plain = calibrate_out_proj(teacher, student, batches, 1e-3)
+    windowed = from_attention(teacher, KEPT, rope=True, window=8)
+    errors = calibrate_out_proj(teacher, windowed, iter(batches), 1e-3)
+    text, seq_idx = batches[0]
+    firsts = ([0, 0, 1, 1], [0, 40, 0, 3])
+    for layer in LAYERS:
+        assert errors[layer] < 0.8 * plain[layer]
+        mixer, given = windowed.model.layers[layer].mamba, teacher.mixing(text, seq_idx, [layer])[layer][0]
+        _, _, x, B, _ = mixer.inputs(given, seq_idx)
+        torch.testing.assert_close(mixer.sink, torch.stack([t[firsts].mean(0) for t in (B, x)]))
+        power = mixer.features(given, seq_idx).pow(2).mean((0, 1)).unflatten(0, (-1, 8)).mean(1)
+        torch.testing.assert_close(power, torch.ones_like(power), rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision_products(teacher, student, batches):
     exact = calibrate_out_proj(teacher, student, batches, 1e-3)
     low = calibrate_out_proj(teacher, from_attention(teacher, KEPT), batches, 1e-3, torch.bfloat16)

@@ -5,6 +5,8 @@ Where there is a GPU all this runs there, with the kernels and in graphs.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -70,6 +72,7 @@ MODELS = {
     "hybrid": {},
     "mamba-2": {"attention_layers": ()},
     "rotary mamba-2": {"attention_layers": (1,), "mixer_rope": True},
+    "mamba-2 with windows": {"attention_layers": (1,), "mixer_rope": True, "mixer_window": 4},
     "mamba-2 without shared x and B": {"attention_layers": (1,), "ngroups": 6},
     "attention": {"attention_layers": (0, 1, 2, 3)},
     "mamba-1": {"attention_layers": (), "mixer": "mamba1", "d_state": 4},
@@ -301,9 +304,214 @@ def test_fewer_prompts_than_slots(hybrid):
     assert engine.generate(PROMPTS, COUNT).replies == plain(hybrid)
 
 
+MANY = prompts(9, 1, 22, 4, 17, 3, 2, 12, 1, 30, 6)
+LIMITS = [14, 3, 9, 1, 14, 6, 11, 2, 14, 5, 8]
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("reads_features", [False, True])
+def test_slots_are_taken_again_when_their_rows_end(model, k, reads_features):
+    """Eleven prompts through three slots: every reply is what it is alone, with counts of its own."""
+    draft = ModelDraft(build(5, reads_features=reads_features)) if k else None
+    engine = DecodeEngine(model, batch=3, max_length=LENGTH, draft=draft, k=k, eos_token_ids=(), ring=8 if k else None)
+    alone = DecodeEngine(model, batch=1, max_length=LENGTH, eos_token_ids=())
+    for _ in range(2):
+        made = engine.generate_all(MANY, LIMITS)
+        assert made.replies == [alone.generate([p], n).replies[0] for p, n in zip(MANY, LIMITS, strict=True)]
+    for stats, limit in zip(made.stats, LIMITS, strict=True):
+        assert stats.tokens == limit and -(-limit // (k + 1)) <= stats.rounds <= limit
+        assert sum(stats.accepted) + stats.rounds >= limit
+    assert engine.generate(PROMPTS, COUNT).replies == plain(model), "and leaves no trace"
+
+
+@pytest.mark.parametrize("draft", ["always right", "half right", "the model itself"])
+def test_rows_that_stop_early_make_room(hybrid, draft):
+    """Half of the replies end by a token; a draft that knows texts by their slots is given every prompt once a slot."""
+    whole = generate(hybrid, MANY, COUNT + 8, eos_token_ids=())
+    stop = [whole[0][2], whole[4][0], whole[9][5]]
+    wanted = generate(hybrid, MANY, COUNT, eos_token_ids=stop)
+    assert len({len(reply) for reply in wanted}) > 2
+    texts = [prompt + reply for prompt, reply in zip(MANY, whole, strict=True)]
+    engine = DecodeEngine(
+        hybrid, batch=4, max_length=LENGTH, draft=DRAFTS[draft](hybrid, texts[:4]), k=5, eos_token_ids=stop
+    )
+    assert engine.generate_all(MANY, COUNT).replies == wanted
+
+
+def test_a_seed_decides_what_many_prompts_get(hybrid):
+    engine = DecodeEngine(
+        hybrid, batch=2, max_length=LENGTH, draft=NGramDraft(), k=2, sampling=Sampling(1.0), eos_token_ids=()
+    )
+    first = engine.generate_all(MANY, LIMITS, seed=1).replies
+    assert engine.generate_all(MANY, LIMITS, seed=1).replies == first
+    assert engine.generate_all(MANY, LIMITS, seed=2).replies != first
+    assert [len(reply) for reply in first] == LIMITS
+
+
+def test_new_prompts_wait_until_an_eighth_of_the_slots_is_free(monkeypatch, hybrid):
+    engine = DecodeEngine(hybrid, batch=16, max_length=LENGTH, eos_token_ids=())
+    taken: list[int] = []
+    admit = engine._admit
+    monkeypatch.setattr(engine, "_admit", lambda slots, *rest: (taken.append(len(slots)), admit(slots, *rest)))
+    asked = prompts(*[3] * 20)
+    limits = [1 + i % 5 + (i // 16) for i in range(20)]
+    assert engine.generate_all(asked, limits).replies == [
+        reply[:n] for reply, n in zip(generate(hybrid, asked, 6, eos_token_ids=()), limits, strict=True)
+    ]
+    assert taken[0] == 16 and sum(taken) == 20 and all(n >= 2 for n in taken)
+
+
+@functools.cache
+def proposer(reads_features: bool) -> HybridForCausalLM:
+    return build(5, reads_features=reads_features)
+
+
+def drafted(model: HybridForCausalLM, draft: str | None, batch: int, **options) -> DecodeEngine:
+    """An engine whose SSM ring is short, so that it goes round."""
+    options = {"max_length": LENGTH, "eos_token_ids": (), **options}
+    if draft is None:
+        return DecodeEngine(model, batch=batch, **options)
+    made = NGramDraft() if draft == "n-gram" else ModelDraft(proposer(draft == "a reader of features"))
+    return DecodeEngine(model, batch=batch, draft=made, k=3, ring=8, **options)
+
+
+def run(engine: DecodeEngine, texts: dict[int, list[int]], rounds: int = 1000) -> None:
+    """At most so many rounds, until all rows have ended; each slot's tokens are appended to its text."""
+    for _ in range(rounds):
+        engine.round()
+        added, inert = engine.look().wait()
+        for slot, row in enumerate(added.tolist()):
+            texts.setdefault(slot, []).extend(token for token in row if token >= 0)
+        if len(inert) == engine.batch:
+            return
+
+
+@pytest.mark.parametrize("draft", [None, "n-gram", "another model", "a reader of features"])
+def test_a_row_goes_on_in_another_engine(model, draft):
+    """From an engine of one row to one that decodes two others, and on to a third; rings have gone round before."""
+    limits = [40, 30, 24]
+    wanted = [generate(model, [p], n, eos_token_ids=())[0] for p, n in zip(PROMPTS, limits, strict=True)]
+    alone = drafted(model, draft, 1).generate(PROMPTS[:1], 40)
+    small, large, last = (drafted(model, draft, batch) for batch in (1, 3, 2))
+    for engine in (small, large, last):
+        assert engine.generate(PROMPTS[1:2], 12).replies == [wanted[1][:12]], "what was in the slots does not matter"
+        engine.begin()
+    moving: dict[int, list[int]] = {}
+    small.admit([0], PROMPTS[:1], 40)
+    run(small, moving, 9)
+    others: dict[int, list[int]] = {}
+    large.admit([2, 0], PROMPTS[1:], limits[1:])
+    run(large, others, 2)
+    large.adopt(small, 0, 1)
+    assert small.slots.tolist() == [-1] and large.slots.tolist() == [0, 1, 2]
+    others[1] = moving[0]
+    run(large, others, 2)
+    last.adopt(large, 1, 1)
+    run(large, others)
+    end = {1: others.pop(1)}
+    run(last, end)
+    assert [end[1], others[2], others[0]] == wanted
+    assert last._replies({1: 0}, PROMPTS) == {0: (wanted[0], alone.stats[0])}
+
+
+def test_a_row_that_has_ended_moves_as_one(hybrid):
+    small, large = drafted(hybrid, None, 1), drafted(hybrid, None, 2)
+    for engine in (small, large):
+        engine.begin()
+    small.admit([0], PROMPTS[:1], 1)
+    small.round()
+    large.adopt(small, 0, 1)
+    assert large.slots.tolist() == [-1, -1]
+    large.admit([1], PROMPTS[1:2], COUNT)
+    texts: dict[int, list[int]] = {}
+    run(large, texts)
+    assert texts[1] == plain(hybrid)[1]
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_rows_come_and_go_between_rounds(model, k):
+    """A slot is ended and taken at once; what a round did is known after later ones ran."""
+    engine = drafted(model, "another model" if k else None, 2)
+    wanted = plain(model, 30)
+    engine.begin()
+    engine.admit([1], PROMPTS[:1], 30)
+    first: dict[int, list[int]] = {}
+    run(engine, first, 3)
+    engine.admit([0], PROMPTS[1:2], 30)
+    looks = []
+    for _ in range(2):
+        engine.round()
+        looks.append(engine.look())
+    for look in looks:
+        added, inert = look.wait()
+        assert not inert and added.shape == (2, k + 1)
+        for slot, row in enumerate(added.tolist()):
+            first.setdefault(slot, []).extend(token for token in row if token >= 0)
+    engine.end([1])
+    engine.admit([1], PROMPTS[2:], 5)
+    assert first[1] == wanted[0][: len(first[1])] and len(first[1]) >= 5
+    first[1] = []
+    run(engine, first)
+    assert first == {0: wanted[1], 1: wanted[2][:5]}
+
+
+@pytest.mark.parametrize(
+    ("slots", "asked", "count", "message"),
+    [
+        ([2], prompts(3), 4, "slots must be different ones of 0 to 1, got \\[2\\]"),
+        ([-1], prompts(3), 4, "of 0 to 1, got \\[-1\\]"),
+        ([0, 0], prompts(3, 3), 4, "different ones"),
+        ([0, 1], prompts(3, 3), 4, "slots \\[1\\] have not ended"),
+        ([0], prompts(3, 3), 4, "2 prompts need as many slots, got \\[0\\]"),
+        ([0], prompts(30), 4, "`max_length`"),
+        ([0], prompts(3), 0, "at least 1,.* got 0"),
+    ],
+)
+def test_rows_that_cannot_begin_are_refused(hybrid, slots, asked, count, message):
+    engine = DecodeEngine(hybrid, batch=2, max_length=32, eos_token_ids=())
+    engine.begin()
+    engine.admit([1], PROMPTS[:1], COUNT)
+    with pytest.raises(ValueError, match=message):
+        engine.admit(slots, asked, count)
+    texts: dict[int, list[int]] = {}
+    run(engine, texts)
+    assert texts[1] == plain(hybrid)[0], "and the row that runs is not touched"
+
+
+@pytest.mark.parametrize(
+    ("draft", "options", "message"),
+    [
+        (None, {}, "differ in draft, k, ring"),
+        ("n-gram", {}, "differ in draft"),
+        ("a reader of features", {}, "differ in draft"),
+        ("another model", {"max_length": LENGTH + 1}, "differ in max_length"),
+        ("another model", {"sampling": Sampling(1.0)}, "differ in sampling"),
+        ("another model", {"eos_token_ids": (3,)}, "differ in eos_token_ids"),
+        ("another model", {"state_dtype": torch.bfloat16}, "differ in state_dtype"),
+    ],
+)
+def test_rows_do_not_move_between_engines_that_differ(hybrid, draft, options, message):
+    engine, other = drafted(hybrid, "another model", 2), drafted(hybrid, draft, 1, **options)
+    with pytest.raises(ValueError, match=message):
+        engine.adopt(other, 0, 0)
+
+
+def test_rows_move_into_free_slots_of_the_same_model(hybrid):
+    engine, other = drafted(hybrid, None, 2), drafted(hybrid, None, 1)
+    with pytest.raises(ValueError, match="differ in model"):
+        engine.adopt(drafted(build(3), None, 1), 0, 0)
+    engine.admit([1], PROMPTS[:1], COUNT)
+    with pytest.raises(ValueError, match="slots \\[1\\] have not ended"):
+        engine.adopt(other, 0, 1)
+    with pytest.raises(ValueError, match="of 0 to 1, got \\[2\\]"):
+        engine.adopt(other, 0, 2)
+    with pytest.raises(ValueError, match="slots 0 to 0, got 1"):
+        engine.adopt(other, 1, 0)
+
+
 def test_long_prompts_are_read_in_pieces(monkeypatch, hybrid):
     wanted = plain(hybrid)
-    monkeypatch.setattr("hybrid.engine.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("hybrid.prefill.PREFILL_TOKENS", 8)
     assert plain(hybrid) == wanted
 
 
@@ -386,6 +594,34 @@ def test_a_graph_is_what_it_was_captured_from(model, sampling, k):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", [0, 3])
+def test_prompts_are_read_by_graphs_as_without(model, k):
+    """Shapes that come again, filled differently; 40 prompts, so that slots are taken again in graphs as well."""
+    asked = prompts(*[1 + (7 * i) % 22 for i in range(40)])
+    made = []
+    for graphs in (False, True):
+        draft = ModelDraft(build(5, reads_features=True)) if k else None
+        engine = DecodeEngine(model, batch=4, max_length=LENGTH, draft=draft, k=k, graphs=graphs, eos_token_ids=())
+        made.append([engine.generate_all(asked[start:], COUNT).replies for start in (0, 3, 17)])
+    assert made[0] == made[1]
+    assert any(graph is not None for graph in engine._reader._graphs.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [0, 3])
+def test_ends_are_noticed_rounds_late_and_nothing_else_changes(hybrid, k):
+    whole = plain(hybrid, COUNT + 8)
+    stop = [whole[0][2], whole[1][4], whole[2][6]]
+    wanted = [generate(hybrid, [p], COUNT, eos_token_ids=stop)[0] for p in PROMPTS]
+    draft = ModelDraft(hybrid) if k else None
+    engine = DecodeEngine(hybrid, batch=3, max_length=LENGTH, draft=draft, k=k, eos_token_ids=stop)
+    rounds: list[Tensor] = []
+    assert engine.generate(PROMPTS, COUNT).replies == wanted
+    assert engine.generate(PROMPTS, COUNT, callback=rounds.append).replies == wanted
+    assert len(rounds) <= max(map(len, wanted))
+
+
+@pytest.mark.gpu
 def test_weights_that_move_are_captured_anew(hybrid):
     model = build(7)
     engine = DecodeEngine(model, batch=3, max_length=LENGTH, eos_token_ids=())
@@ -405,17 +641,19 @@ def test_weights_that_move_are_captured_anew(hybrid):
         ({"mixer_rope": True}, Sampling(), 2),
         ({}, Sampling(), 0),
         ({"mixer_rope": True}, Sampling(), 0),
+        ({"mixer_window": 3}, Sampling(), 2),
+        ({"mixer_window": 3, "mixer_rope": True}, Sampling(), 0),
     ],
-    ids=["greedy", "sampled", "mamba-1", "rotary", "plain", "plain rotary"],
+    ids=["greedy", "sampled", "mamba-1", "rotary", "plain", "plain rotary", "windows", "plain windows"],
 )
 def test_interpreted_kernels_decode_what_the_plain_code_decodes(monkeypatch, kind, sampling, k):
     """Every operator of a round, as one: two layers, two rows of which one is padding, a draft of another model."""
     changes = {"vocab_size": 24, "d_model": 16, "n_heads": 2, "n_kv_heads": 1, "intermediate_size": 16}
     changes |= {"n_layers": 2, "attention_layers": (1,), **kind}
     model, other = build(0, **changes), build(1, **changes, reads_features=bool(k % 2))
-    for package in ("attention", "causal_conv", "gated_norm", "linear", "rms_norm", "rotary", "sampling"):
+    for package in ("attention", "causal_conv", "gated_norm", "linear", "rms_norm", "sampling"):
         interpreted(f"kernels_ext.{package}.kernel")
-    for package in ("selective_scan", "speculation", "ssd", "swiglu"):
+    for package in ("selective_scan", "speculation", "ssd", "swiglu", "window"):
         interpreted(f"kernels_ext.{package}.kernel")
     assert "ssd_verify" in dispatch.triton_kernels()
     made = []

@@ -97,6 +97,15 @@ def test_a_generator_keeps_its_buffers_while_they_fit(hybrid):
     assert keep.engine is not engine
 
 
+def test_a_generator_takes_prompts_in_turns(hybrid):
+    keep, told = Generator(), []
+    assert keep(hybrid, PROMPTS, 6, slots=2, progress=told.append) == generate(hybrid, PROMPTS, 6)
+    assert keep.engine is not None and keep.engine.batch == 2
+    assert told == sorted(told) and told[-1] == 1.0
+    assert keep(hybrid, PROMPTS, 6, slots=64) == generate(hybrid, PROMPTS, 6)
+    assert keep.engine.batch == len(PROMPTS)
+
+
 def test_weights_that_change_are_seen(hybrid):
     """Training goes on in place between two calls, decays included."""
     model, keep = tiny_hybrid.model(7), Generator()

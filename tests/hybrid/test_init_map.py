@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import softplus
 
 from hybrid import HybridForCausalLM
+from hybrid.attention import rope_tables, rotate
 from hybrid.init_map import from_attention, in_proj_rows, inverse_softplus, new_mixers, verify
 from tests.hybrid import tiny_hybrid
 from tests.hybrid.tiny_hybrid import tokens
@@ -201,6 +202,42 @@ def test_rope_changes_no_weight(teacher):
     for ours, theirs in zip(rotary.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert from_attention(rotary, (), rope=True).config.mixer_rope, "a student continues in its own form"
+
+
+def test_a_window_begins_as_the_teachers_attention_beside_an_empty_sink(teacher):
+    """Where it holds the whole text, the window's half of a mixer is the attention itself with one more key and value,
+    which are zero."""
+    student = from_attention(teacher, KEPT, rope=True, window=16)
+    hidden = torch.randn(2, 9, teacher.config.d_model, generator=torch.Generator().manual_seed(0))
+    config, rows = student.config, in_proj_rows(student.config)
+    assert rows["z"] == slice(0, 2 * config.d_inner)
+    cos, sin = rope_tables(teacher.inv_freq, torch.arange(9).expand(2, -1), torch.float32)
+    for layer in new_mixers(teacher, student):
+        mixer, attention = student.blocks[layer].mamba, teacher.blocks[layer].self_attn
+        with torch.no_grad():
+            mixer.in_proj.weight[rows["z"]] = 0.0  # what remains of the gates is their bias
+            features = mixer.features(hidden)[..., config.d_inner :]
+            q, k, v = (
+                p(hidden).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+                for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            k, v = (t.repeat_interleave(config.n_heads // config.n_kv_heads, 1) for t in (k, v))
+            scores = (q @ k.mT / config.head_dim**0.5).masked_fill(~torch.ones(9, 9).tril().bool(), -torch.inf)
+            weights = torch.nn.functional.pad(scores, (1, 0)).softmax(-1)[..., 1:]
+            wanted = attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
+        of_scan, of_window = mixer.out_proj.weight.chunk(2, dim=1)
+        torch.testing.assert_close(features @ of_window.T, wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(of_scan, of_window)
+
+
+def test_windows_belong_to_one_form(teacher):
+    first = from_attention(teacher, (1, 3), window=4)
+    with pytest.raises(ValueError, match="window 8.*another form"):
+        from_attention(first, (1,), window=8)
+    assert from_attention(first, (1,), window=4).config.mixer_window == 4
+    with pytest.raises(ValueError, match="mixer_window.*it is 4 and the mixer mamba1"):
+        from_attention(teacher, (1, 3), mixer="mamba1", d_state=4, window=4)
 
 
 def test_rows_are_in_the_papers_order():

@@ -159,8 +159,8 @@ def test_a_temperature_of_almost_nothing_is_greedy(plain):
     assert complete(plain, temperature=1e-300, top_p=0.5).choices[0].text == complete(plain).choices[0].text
 
 
-def test_requests_that_wait_are_decoded_together(server):
-    """Five come while one is decoded: those of one sampling in batches, a seeded one by itself, each as if alone."""
+def test_requests_take_rows_as_they_come_free(server):
+    """Five come while one is decoded: those of one sampling beside it, a seeded one by itself, each as if alone."""
     greedy = [complete(server, f"{PROMPT} {n}", 10 + n).choices[0].text for n in range(3)]
     seeded = complete(server, temperature=1.0, seed=7).choices[0].text
     with serving.serving(serving.loaded(), max_batch=2, max_queue=5) as served, ThreadPoolExecutor(6) as threads:
@@ -176,9 +176,31 @@ def test_requests_that_wait_are_decoded_together(server):
             until(lambda: served.worker.load == (5, 1))
         texts = [job.result(serving.DEADLINE).choices[0] for job in jobs]
         assert [choice.text for choice in texts[1:4]] == greedy
-        assert served.gate.batches == [1, 2, 1, 1, 1]
+        assert served.gate.admitted == [1] * 6 and served.gate.moves == [(1, 2), (2, 1)]
+        assert served.gate.rounds < 3 + 10 + 11 + 12 + 2 * 20, "rows share rounds"
         if not server.worker.engines[0].k:
             assert texts[4].text == seeded
+
+
+def test_who_comes_later_and_asks_for_less_is_answered_first(server):
+    """The gate is shut again before the long reply can have ended; meanwhile the short ones have theirs."""
+    server.gate.forget()
+    with ThreadPoolExecutor(3) as threads:
+        with server.gate.shut():
+            long = threads.submit(chat, server, 200)
+            until(lambda: server.worker.load == (0, 1))
+            server.gate.let(3)
+            until(lambda: server.gate.rounds == 3 and server.gate.held)
+            short = [threads.submit(chat, server, count) for count in (5, 9)]
+            until(lambda: server.worker.load == (2, 1))
+            server.gate.let(20)
+            assert [job.result(serving.DEADLINE).choices[0].message.content for job in short] == [
+                chat_reply(5),
+                chat_reply(9),
+            ]
+            until(lambda: server.worker.load == (0, 1))
+            assert not long.done()
+        assert long.result(serving.DEADLINE).choices[0].message.content == chat_reply(200)
 
 
 def test_too_many_requests_are_refused_and_the_others_served(plain):
@@ -217,7 +239,7 @@ def test_who_hangs_up_while_decoding_frees_the_row(plain, stream):
     with plain.gate.shut():
         caller = call_without_reading(plain, stream)
         until(lambda: plain.worker.load == (0, 1))
-        (job,) = plain.worker._running
+        (job,) = plain.worker._running.values()
         if stream:
             assert b"text/event-stream" in caller.recv(4096)
         caller.close()
@@ -241,7 +263,7 @@ def test_who_hangs_up_while_waiting_frees_the_place(plain, stream):
             until(lambda: plain.worker.load == (0, 1))
         assert decoded.result(serving.DEADLINE).choices[0].message.content == chat_reply(20)
     until(lambda: plain.worker.load == (0, 0))
-    assert plain.gate.batches == [1]
+    assert plain.gate.admitted == [1]
 
 
 @pytest.mark.usefixtures("without_complaint")
@@ -262,14 +284,15 @@ def test_one_row_hanging_up_leaves_the_others(plain):
             until(lambda: plain.worker.load == (1, 1))
             second = threads.submit(chat, plain, 100)
             until(lambda: plain.worker.load == (2, 1))
-        first.result(serving.DEADLINE)
-        with plain.gate.shut():
-            until(lambda: plain.worker.load == (0, 2))
-            gone = plain.worker._running[0]
+            plain.gate.let(30)
+            first.result(serving.DEADLINE)
+            until(lambda: plain.gate.rounds == 30 and plain.gate.held)
+            assert plain.worker.load == (0, 2)
+            (gone,) = (job for job in plain.worker._running.values() if job.max_new_tokens == 200)
             caller.close()
             until(lambda: gone.cancelled)
         assert second.result(serving.DEADLINE).choices[0].message.content == chat_reply(100)
-    assert plain.gate.batches == [1, 2]
+    assert plain.gate.admitted == [1, 2] and plain.gate.rounds < 110
 
 
 REFUSED = [
@@ -365,7 +388,7 @@ def test_templates_that_refuse_say_why():
         assert complete(served).choices[0].finish_reason == "length"
 
 
-def test_an_engine_that_fails_fails_one_batch(plain, monkeypatch):
+def test_an_engine_that_fails_fails_who_was_decoded(plain, monkeypatch):
     def broken() -> None:
         raise RuntimeError("out of memory")
 

@@ -88,6 +88,64 @@ def test_is_the_convolution_of_the_whole_text(update, tokens, width, channels, u
 
 
 @BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("tokens", "groups", "ratio", "headdim", "offset", "has_ring", "block"),
+    [
+        (1, 3, 3, 16, 0, False, None),
+        (2, 4, 1, 8, 3, True, None),
+        (5, 5, 4, 32, 0, True, {"BLOCK_C": 16}),  # a head's halves in two programs
+        (3, 1, 2, 12, 1, True, {"BLOCK_C": 32}),  # and in parts of them
+    ],
+)
+def test_turns_b_and_c_by_position(update, tokens, groups, ratio, headdim, offset, has_ring, block, dtype, nan_filled):
+    """Against the same without rotation and complex numbers in float64: slots permuted, a padding row, rings that wrap;
+    x and what is kept of the inputs are the same bit for bit, and the ring holds the turned B."""
+    slots, lengths, history, heads = [4, 0, -1, 2, 5], [1, 3, 9, 7, 0, 30], 11, 4
+    d_xb = groups * headdim
+    channels = (2 + ratio) * d_xb
+    theta = 100.0 ** -torch.linspace(0, 1, headdim // 2, device=DEVICE, dtype=torch.float64)
+    angles = torch.arange(40, device=DEVICE)[:, None] * theta
+    rope = angles.cos().float(), angles.sin().float()
+    x, weight, bias = (
+        draw(*shape, seed=seed, dtype=dtype)
+        for seed, shape in enumerate([(len(slots), tokens, channels), (channels, 4), (channels,)])
+    )
+    raw = draw(len(slots), tokens, heads, seed=5, dtype=dtype)
+    options = {} if update is reference or block is None else {"config": block}
+    made = []
+    for turn in ((), (rope, d_xb)):
+        ring = draw(6, 3 + tokens + offset, channels, seed=4, dtype=dtype)
+        rings = [
+            torch.full((6, history, groups, headdim), NAN, device=DEVICE, dtype=dtype),
+            torch.full((6, history, groups, headdim), NAN, device=DEVICE, dtype=dtype),
+            torch.full((6, heads, history), NAN, device=DEVICE),
+        ]
+        given = (raw, None, *rings) if has_ring else (None,) * 5
+        y, _ = update(x, ring, weight, bias, ints(*lengths), ints(*slots), True, offset, *given, *turn, **options)
+        made.append((y, ring, *rings))
+    (plain, plain_ring, plain_x, _, _), (y, ring, ring_x, ring_B, _) = made
+    assert y.dtype == dtype
+    assert torch.equal(ring, plain_ring)
+    assert torch.equal(ring_x.view(torch.uint8), plain_x.view(torch.uint8))
+    untouched = torch.ones(6, history, dtype=torch.bool)
+    for row, slot in enumerate(slots):
+        if slot < 0:
+            assert (y[row] == 0).all()
+            continue
+        for i in range(tokens):
+            position = lengths[slot] + offset + i
+            ours, given = y[row, i].view(-1, headdim), plain[row, i].view(-1, headdim)
+            assert torch.equal(ours[:groups], given[:groups])
+            pairs = torch.complex(*given[groups:].double().chunk(2, dim=-1)) * torch.exp(1j * position * theta)
+            assert distance(ours[groups:], torch.cat([pairs.real, pairs.imag], dim=-1)) < TOLERANCE[dtype]
+            if has_ring:
+                assert torch.equal(ring_B[slot, position % history], ours[groups : 2 * groups])
+                untouched[slot, position % history] = False
+    assert ring_B[untouched].isnan().all()
+
+
+@BOTH
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_rings_of_the_mamba_layer(update, tokens, nan_filled):
     """The convolved x and B and the new dt lie where the verify kernel looks for them; all else is untouched."""

@@ -87,6 +87,11 @@ def parse(extra=""):
             "given 'layers:[-1]'; expected ngram, layers:[0, 29], features:[29] or checkpoint:SOURCE",
         ),
         ('[draft]\nkind = "checkpoint:gone"', "given 'checkpoint:gone'; expected ngram"),
+        (
+            '[draft]\nkind = "checkpoint:file:x"\nvocabulary = 8192',
+            "vocabulary is 8192, but kind 'checkpoint:file:x' learns from no answers whose tokens could be counted",
+        ),
+        ("[draft]\nvocabulary = -1", "draft.vocabulary: given -1; input should be greater than or equal to 0"),
         ("[speculative_profile]\nbatches = [1, 1]", "speculative_profile.batches: given [1, 1]; expected each batch"),
         ("[speculative_profile]\nbatches = []", "speculative_profile.batches: given []; list should have at least 1"),
         ("[speculative_profile]\nngram = 2", "speculative_profile.ngram: unknown key"),

@@ -3,6 +3,7 @@ trace."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from corpora.packing import PackedBlocks
 from corpora.preferences import prompts
 from corpora.shards import Shard
 from hybrid import load_pretrained, save_pretrained
+from hybrid.drafts import TOKENS, load_draft
 from hybrid.init_map import from_attention
 from stage_store import Checkpoints, Store
 from steps import draft
@@ -82,6 +84,22 @@ def test_shrink_keeps_the_named_layers_bit_for_bit():
     x = tiny_hybrid.tokens(2, 9)
     same = draft.shrink(student, range(4))
     assert torch.equal(same(x), student(x))
+
+
+@pytest.mark.parametrize("mixer", [{}, {"mixer": "mamba1", "d_state": 4}], ids=["mamba-2", "mamba-1"])
+def test_branches_may_begin_smaller(mixer):
+    """Each mixer and each MLP adds a quarter of what it would add to the same stream."""
+    student = tiny_hybrid.model(**mixer)
+    for layer in (0, 1):  # Mamba and attention
+        whole, small = (draft.shrink(student, (layer,), branch_scale=scale) for scale in (1.0, 0.25))
+        x, seen = tiny_hybrid.tokens(2, 9), []
+        for model in (whole, small):
+            stream, mixing = model._embedded(x), model.mixing(x, None, (0,))[0][1]
+            hidden = model.blocks[0].post_attention_layernorm(stream + mixing)
+            seen.append((mixing, model.blocks[0].mlp(hidden), whole.blocks[0].mlp(hidden)))
+        torch.testing.assert_close(seen[1][0], 0.25 * seen[0][0])
+        torch.testing.assert_close(seen[1][1], 0.25 * seen[1][2])
+    assert torch.equal(student(x), tiny_hybrid.model(**mixer)(x)), "the student stays as it is"
 
 
 def test_layers_that_the_student_does_not_have(inputs, tmp_path):
@@ -165,6 +183,24 @@ def test_features_by_hand(inputs, tmp_path):
     assert summary["loss_first"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
 
 
+def test_features_may_be_added_as_they_are(inputs, tmp_path):
+    """`identity`: with each token the draft reads its embedding and the feature over the feature's root mean square."""
+    student = load_pretrained(inputs["student"])
+    small = draft.shrink(student, (2,), True, "identity")
+    text = torch.randint(320, (2, 9), generator=torch.Generator().manual_seed(0))
+    features = draft.shifted(student.residual(text), None)
+    normed = features * (features.pow(2).mean(-1, keepdim=True) + student.config.rms_norm_eps).rsqrt()
+    plain = draft.shrink(student, (2,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "_embedded", lambda tokens: student._embedded(tokens) + normed)
+        torch.testing.assert_close(small.residual(text, features=features), plain.residual(text), rtol=1e-4, atol=1e-4)
+    starts = [
+        run(inputs, tmp_path, FEATURES.model_copy(update={"steps": 1, **changes}))[0]["start"]["kl"]
+        for changes in ({}, {"feature_init": "identity"}, {"branch_scale": 0.1})
+    ]
+    assert len({round(kl, 2) for kl in starts}) == 3, "the stage passes both on"
+
+
 def test_features_bring_it_nearer_to_the_student(inputs, tmp_path):
     (with_them, out), (without, _) = (
         run(inputs, tmp_path, FEATURES.model_copy(update={"kind": kind, "steps": 30}))
@@ -172,7 +208,7 @@ def test_features_bring_it_nearer_to_the_student(inputs, tmp_path):
     )
     assert load_pretrained(out).config.reads_features
     assert with_them["start"]["kl"] == pytest.approx(without["start"]["kl"], rel=1e-4), "projections begin as zeros"
-    assert with_them["held_out"]["kl"] < 0.95 * without["held_out"]["kl"]
+    assert with_them["held_out"]["kl"] < 0.98 * without["held_out"]["kl"]
 
 
 def test_comes_nearer_to_the_student(made):
@@ -198,6 +234,71 @@ def test_agreement_by_hand(inputs, made, tmp_path):
                 break
     assert summary["held_out"]["tokens"] == said
     assert summary["held_out"]["top1"] == pytest.approx(agreed / said)
+
+
+def test_muon_turns_the_blocks_matrices_alone(inputs, tmp_path):
+    """One step without a warm-up: all singular values of its change are about 1, times 0.2 √max(rows, columns) · rate;
+    AdamW changes each number by about the rate."""
+    config = FEATURES.model_copy(update={"steps": 1, "warmup": 0.0, "mixer_lr": 1e-3, "rest_lr": 1e-3})
+    before = draft.shrink(load_pretrained(inputs["student"]), (2,), reads_features=True)
+    changed = {}
+    for optimizer in ("muon", "adamw"):
+        _, out = run(inputs, tmp_path, config.model_copy(update={"optimizer": optimizer}))
+        after = dict(load_pretrained(out).named_parameters())
+        changed[optimizer] = {name: after[name] - p for name, p in before.named_parameters()}
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
+        values = torch.linalg.svdvals(changed["muon"][name]) / (0.2 * 1e-3 * max(changed["muon"][name].shape) ** 0.5)
+        assert 0.4 < values.median() < 1.4 and values.max() < 1.6, name
+        assert not torch.equal(changed["muon"][name], changed["adamw"][name])
+    assert torch.equal(changed["muon"]["feature_proj.weight"], changed["adamw"]["feature_proj.weight"])
+
+
+def test_learns_by_muon(inputs, tmp_path):
+    summary, _ = run(inputs, tmp_path, CONFIG.model_copy(update={"optimizer": "muon", "steps": 20}))
+    assert summary["held_out"]["kl"] < 0.9 * summary["start"]["kl"]
+
+
+# Proposing among some tokens
+
+
+def test_the_most_frequent_tokens_of_replies():
+    """Questions do not count; of equally frequent ones the lowest, and those that are always in need no count."""
+    documents = [np.array(d, np.uint32) for d in ([9, 9, 9, 5, 5, 7], [6, 7, 4, 4])]
+    text = Shard.of(documents, ["a", "b"], [np.arange(6) >= 3, np.arange(4) >= 1])
+    assert draft.frequent_tokens(text, 2, 12).tolist() == [4, 5]
+    assert draft.frequent_tokens(text, 3, 12).tolist() == [4, 5, 7]
+    assert draft.frequent_tokens(text, 5, 12).tolist() == [0, 1, 4, 5, 7]
+    assert draft.frequent_tokens(text, 3, 12, always=(11, 7)).tolist() == [4, 7, 11]
+    assert draft.frequent_tokens(text, 12, 12).tolist() == list(range(12))
+
+
+def test_a_vocabulary_is_written_beside_the_same_weights(inputs, made, tmp_path):
+    summary, out = run(inputs, tmp_path, CONFIG.model_copy(update={"vocabulary": 20}))
+    assert (out / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
+    assert "vocabulary" not in made[0] and not (made[1] / TOKENS).exists()
+    tokens = load_draft(out).tokens.tolist()
+    text = Shard.load(out / draft.TEXT)
+    replies = text.tokens[text.assistant].tolist()
+    assert len(tokens) == len(set(tokens)) == summary["vocabulary"]["tokens"] == 20
+    assert set(load_pretrained(inputs["student"]).config.eos_token_ids) <= set(tokens)
+    least = min(replies.count(token) for token in tokens if token not in (0, 1, 2))
+    assert all(replies.count(token) <= least for token in set(replies) - set(tokens))
+    covered = summary["vocabulary"]["covered"]
+    assert covered["text"] == pytest.approx(sum(replies.count(token) for token in tokens) / len(replies))
+    assert 0.0 < covered["held_out"] <= 1.0 and covered["text"] < 1.0
+    json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize("count", [1, 321])
+def test_a_vocabulary_that_cannot_be(inputs, tmp_path, count):
+    config = load_pretrained(inputs["student"]).config
+    assert config.vocab_size == 320
+    two_ends = tmp_path / "student"
+    student = load_pretrained(inputs["student"])
+    student.config = dataclasses.replace(config, eos_token_ids=(2, 3))
+    save_pretrained(student, two_ends, tokenizer_from=inputs["student"])
+    with pytest.raises(DraftError, match=rf"is {count}, but the student has 320 tokens, 2 of which end a turn"):
+        run({**inputs, "student": two_ends}, tmp_path, CONFIG.model_copy(update={"vocabulary": count}))
 
 
 def test_bfloat16_products_keep_trained_weights_in_float32(inputs, tmp_path):

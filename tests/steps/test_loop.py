@@ -79,6 +79,17 @@ def test_selected_parameters_train_in_float32_and_the_others_stay(mixer_lr, rest
             assert groups[".mamba." not in name][1][name] is p
 
 
+def test_steps_and_decays_may_have_a_rate_of_their_own():
+    model = student()
+    config = TrainConfig(mixer_lr=1e-3, rest_lr=1e-4, decay_lr_factor=20.0)
+    mixers, rest, (rate, decays) = select_parameters(model, config)
+    assert rate == pytest.approx(2e-2)
+    assert {name.rsplit(".", 1)[1] for name in decays} == {"A_log", "dt_bias", "D"}
+    assert len(decays) == 3 * len(model.config.mamba_layers)
+    (_, plain), (_, same) = select_parameters(student(), config.model_copy(update={"decay_lr_factor": 1.0}))
+    assert plain.keys() == mixers[1].keys() | decays.keys() and same.keys() == rest[1].keys()
+
+
 @pytest.mark.parametrize(
     ("rates", "attention"), [({"mixer_lr": 0.0}, (1,)), ({"mixer_lr": 1e-3}, (0, 1))], ids=["no rate", "no mixer"]
 )
@@ -124,7 +135,7 @@ def test_is_plain_adamw():
         grad_clip=0.5,
         betas=(0.8, 0.9),
     )
-    ours, other = student(), student().requires_grad_()
+    ours, other = student(), student().requires_grad_().train()  # one form of every sum
     summary = train(ours, batches, loss_function, config, context())
     named = dict(other.named_parameters())
     kinds = [(True, True), (True, False), (False, True), (False, False)]  # (is a mixer's, is a matrix)

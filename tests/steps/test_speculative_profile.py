@@ -163,8 +163,8 @@ def wrong_engine(monkeypatch):
     """An engine that leaves out the last token where K is 2."""
 
     class Wrong(DecodeEngine):
-        def generate(self, *arguments: Any, **more: Any):
-            made = super().generate(*arguments, **more)
+        def generate_all(self, *arguments: Any, **more: Any):
+            made = super().generate_all(*arguments, **more)
             if self.k == 2:
                 made.replies[:] = [reply[:-1] for reply in made.replies]
             return made
